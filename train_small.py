@@ -42,13 +42,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
-Arm = namedtuple("Arm", "micro macro widen_high color")  # elasticities, factor on the upper radius, Okabe-Ito colour
+Arm = namedtuple("Arm", "micro macro low high color")  # elasticities, factors on --clip-low and --clip-high, Okabe-Ito colour
 ARMS = {
-    "grpo": Arm(0.0, 0.0, 1.0, "#000000"),
-    "etr": Arm(1.0, 1.0, 1.0, "#D55E00"),
-    "micro": Arm(1.0, 0.0, 1.0, "#E69F00"),
-    "macro": Arm(0.0, 1.0, 1.0, "#009E73"),
-    "clip-higher": Arm(0.0, 0.0, 1.4, "#0072B2"),  # DAPO: 0.2 below, 0.28 above
+    "grpo": Arm(0.0, 0.0, 1.0, 1.0, "#000000"),
+    "etr": Arm(1.0, 1.0, 1.0, 1.0, "#D55E00"),
+    "micro": Arm(1.0, 0.0, 1.0, 1.0, "#E69F00"),
+    "macro": Arm(0.0, 1.0, 1.0, 1.0, "#009E73"),
+    "clip-higher": Arm(0.0, 0.0, 1.0, 1.4, "#0072B2"),  # DAPO: 0.2 below, 0.28 above
 }
 TASKS = {  # the defaults that depend on the task
     "arithmetic": dict(model="built-in", steps=50, prompts_per_step=32, group_size=8, updates_per_step=16, learning_rate=1e-4,
@@ -87,7 +87,7 @@ def positive(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train a small language model with GRPO, ETR and their relatives.",
+    parser = argparse.ArgumentParser("train_small.py", description="Train a small language model with GRPO, ETR and their relatives.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter, epilog="Defaults depend on --task.")
     add = parser.add_argument
     add("--task", choices=TASKS, default="arithmetic", help="arithmetic is built in; gsm8k and math come from the hub or --data")
@@ -265,17 +265,18 @@ def load_problems(args):
     count = args.eval_problems
     if args.task == "arithmetic":
         problems = arithmetic_problems(args.train_problems + 2 * count, seeded("arithmetic"))
-        return dict(train=problems[2 * count:], validation=problems[:count], test=problems[count:2 * count])
-    data = read_folder(args.data) if args.data else read_hub(args.task)
-    level = lambda row: str(row.get("level"))[-1:] if isinstance(row, dict) and "level" in row else None  # "Level 3" or 3
-    wanted = {*map(str, args.levels), None}  # a MATH row without a level is reported by to_problem
-    split = {name: [to_problem(args.task, row, where) for where, row in rows if args.task == "gsm8k" or level(row) in wanted]
-             for name, rows in data.items()}
-    for problems in split.values():
-        seeded("split").shuffle(problems)
-    validation, test = split["train"][:count], split["test"][:count]
-    held_out = {problem.question for problem in validation + test}
-    train = [problem for problem in split["train"] if problem.question not in held_out][:args.train_problems or None]
+        validation, test, train = problems[:count], problems[count:2 * count], problems[2 * count:]
+    else:
+        data = read_folder(args.data) if args.data else read_hub(args.task)
+        level = lambda row: str(row.get("level"))[-1:] if isinstance(row, dict) and "level" in row else None  # "Level 3" or 3
+        wanted = {*map(str, args.levels), None}  # a MATH row without a level is reported by to_problem
+        split = {name: [to_problem(args.task, row, where) for where, row in rows if args.task == "gsm8k" or level(row) in wanted]
+                 for name, rows in data.items()}
+        for problems in split.values():
+            seeded("split").shuffle(problems)
+        validation, test = split["train"][:count], split["test"][:count]
+        held_out = {problem.question for problem in validation + test}
+        train = [problem for problem in split["train"] if problem.question not in held_out][:args.train_problems or None]
     if len(train) < args.prompts_per_step or not test:
         raise UserError(f"expected at least --prompts-per-step {args.prompts_per_step} problems to train on and one to test on, got "
                         f"{len(train)} and {len(test)} after {count} were held out; give more data or lower --eval-problems")
@@ -674,7 +675,7 @@ def clip_bounds(args, arm, rewards, advantages):
     """(low, high), each (P, G). The only place where arms differ."""
     arm = ARMS[arm]
     budgets = etr.variance_budgets(rewards, arm.macro)
-    return etr.elastic_clip_bounds(advantages, budgets, args.clip_low, args.clip_high * arm.widen_high, arm.micro, args.scale_max)
+    return etr.elastic_clip_bounds(advantages, budgets, args.clip_low * arm.low, args.clip_high * arm.high, arm.micro, args.scale_max)
 
 
 def minibatches(groups, count, rng):
