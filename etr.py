@@ -236,7 +236,7 @@ def main(G=8, path="plots/bounds.png"):
         axis.tick_params(labelsize=12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    labels = {"GRPO": (0.885, 0.193), "micro": (0.145, 0.52), "macro": (0.07, 0.11), "ETR": (0.03, 0.395)}
+    labels = {"GRPO": (0.87, 0.214), "micro": (0.145, 0.52), "macro": (0.07, 0.11), "ETR": (0.035, 0.43)}
     for rule, (x, y) in labels.items():
         axes[0].text(x, y, rule, color=colors[rule], fontsize=14, weight="bold")
     axes[0].set_ylabel("clip radius |ratio - 1|", fontsize=13)

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -77,13 +78,9 @@ def whole(least):
 
 
 def positive(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
+    return float(text)
 
 
 def parse_args(argv=None):
@@ -119,6 +116,7 @@ def parse_args(argv=None):
     parser.set_defaults(**TASKS[parser.parse_known_args(argv)[0].task])
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.task}"
+    args.algos = list(dict.fromkeys(args.algos))
     if args.clip_low * args.scale_max >= 1:
         parser.error(f"--clip-low {args.clip_low} times --scale-max {args.scale_max}: expected less than 1, got "
                      f"{args.clip_low * args.scale_max:g}, which would switch the lower clip off; lower one of them")
@@ -362,33 +360,37 @@ latex = lambda text: parse("$" + text + "$", extraction_config=config, parsing_t
 verify(latex("1"), latex("1"), timeout_seconds=None)  # its first call loads much of sympy
 for line in sys.stdin:
     gold, answer = json.loads(line)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    signal.setitimer(signal.ITIMER_PROF, 0.7)
     try:
         equal = verify(latex(gold), latex(answer), timeout_seconds=None)
     except Exception:
         equal = False
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     print(int(equal), flush=True)
 """
 math_worker = None
 
 
-def math_verify_equal(gold, answer):
-    """math-verify's verdict on two LaTeX answers; False after a second or 4 GiB, whatever the answer holds."""
+def start_math_worker():
     global math_worker
+    math_worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is not for it
+
+
+def math_verify_equal(gold, answer):
+    """math-verify's verdict on two LaTeX answers; False after 0.7 seconds of CPU or 4 GiB, whatever the answer holds."""
     if math_worker is None:
-        math_worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is not for it
+        start_math_worker()
     try:
         math_worker.stdin.write(json.dumps([gold, answer]) + "\n")
         math_worker.stdin.flush()
         verdict = math_worker.stdout.readline()
     except BrokenPipeError:
         verdict = ""
-    if not verdict:  # the limits ended it; the next call starts another
+    if not verdict:  # the limits ended it; the next one loads sympy while we go on
         math_worker.kill()
         math_worker.wait()
-        math_worker = None
+        start_math_worker()
     return verdict == "1\n"
 
 
@@ -411,8 +413,8 @@ def grade_math(completion, gold):
     if base.search(strip(gold)):
         return float(not base.search(strip(answer)) and base.sub("", strip(gold)) == strip(answer)
                      or re.sub(r"[{}]", "", strip(gold)) == re.sub(r"[{}]", "", strip(answer)))
-    if answer.count("=") > gold.count("="):
-        return 0.0
+    if answer.count("=") > gold.count("=") or strip(gold)[:1] in ("(", "[") and "," in gold and strip(answer)[:1] != strip(gold)[:1]:
+        return 0.0  # math-verify would take x=13=12 for 12, and the set {3, 4} for the point (3, 4)
     return float(math_verify_equal(gold, answer))
 
 
@@ -757,8 +759,6 @@ def evaluate(args, seed, model, tokenizer, problems):
     same samples, entropy (nats per token), mean length in tokens and the share of groups with equal rewards."""
     n, k, right, greedy, entropy, tokens = len(problems), EVAL_SAMPLES, [], 0.0, 0.0, 0
     for start in range(0, n, args.prompts_per_step):
-        if stop_requested.is_set():
-            raise Stopped
         batch, rng = problems[start:start + args.prompts_per_step], generator(model.device, "eval", seed, start)
         greedy += float(sample_and_grade(args, model, tokenizer, batch, 1, rng, temperature=0)[2].sum())
         rollouts, _, rewards = sample_and_grade(args, model, tokenizer, batch, k, rng)
@@ -793,6 +793,7 @@ def mean_and_band(curves):
 
 def draw_lines(axis, lines, title, xlabel, ylabel, top=None):
     """Draws {arm: (x, y, half)} with bands, each labelled at its right end; labels are pushed apart where ends meet."""
+    lines = {arm: line for arm, line in lines.items() if len(line[0])}
     for arm, (x, y, half) in lines.items():
         axis.plot(x, y, color=ARMS[arm].color, lw=2.5)
         axis.fill_between(x, y - half, y + half, color=ARMS[arm].color, alpha=0.18, lw=0)
@@ -839,7 +840,8 @@ def draw(args):
         for arm, seeds in runs.items():
             tokens, clipped = (sum(np.array(line["by_correct"][f"{name}_{kind}"]) for steps in seeds.values() for line in steps[1:])
                                for name in ("tokens", "clipped"))
-            k, G = np.flatnonzero(tokens), len(tokens) - 1
+            G = len(tokens) - 1
+            k = np.array([k for k in range(1, G) if tokens[k]], int)  # k = 0 and k = G have no gradient to clip
             lines[arm] = (k / G, 100 * clipped[k] / tokens[k], np.zeros(len(k)))
         draw_lines(axis, lines, title, "pass rate of the group, k/G", "tokens clipped (%)")
     draw_lines(axes[2], over_steps("frac_reward_zero_std", 100), "Groups that teach nothing", step, "groups with equal rewards (%)", 100)
@@ -860,12 +862,19 @@ stop_requested = threading.Event()
 
 def write_atomically(path, write):
     """Calls write(temporary path), then renames: whoever reads `path` finds the old content or the new, never a part."""
-    write(f"{path}.tmp")
+    try:
+        write(f"{path}.tmp")
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"a failure to write all of {path}.tmp") from error
     os.replace(f"{path}.tmp", path)
 
 
+def save_text(text, path):
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
 def save_json(value, path):
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(value, indent=1) + "\n"))
+    save_text(json.dumps(value, indent=1) + "\n", path)
 
 
 def save_checkpoint(path, model, optimizer, **state):
@@ -878,9 +887,13 @@ def load_checkpoint(path, model, optimizer):
     if not path.exists():
         return None
     state = torch.load(path, map_location=model.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
     return state
+
+
+def evaluation_metrics(scores):
+    return dict(eval_pass1=scores["pass1"], eval_greedy=scores["greedy"], eval_passk=scores["passk"][-1])
 
 
 def run_arm(args, arm, seed, before, model, tokenizer, data):
@@ -888,43 +901,35 @@ def run_arm(args, arm, seed, before, model, tokenizer, data):
     folder, optimizer = Path(args.out) / f"{arm}-seed{seed}", make_optimizer(model)
     folder.mkdir(exist_ok=True)
     scores = before["validation"]  # step 0 is the warm start: nothing was updated, so nothing moved or was clipped
-    still = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "grad_norm", "updates_skipped", "tokens_per_second")
-    metrics = dict(dict.fromkeys(still, 0.0), step=0, reward_mean=scores["pass1"], entropy=scores["entropy"], ratio_mean=1.0,
-                   frac_reward_zero_std=scores["zero_std"], completion_length_mean=scores["length"], seconds=0.0)
-    state = load_checkpoint(folder / "checkpoint.pt", model, optimizer) or dict(
-        step=0, metrics=metrics, shown="", seconds=0.0, skipped=0, sizes=(0, 0))
-    done, metrics, shown, skipped = state["step"], state["metrics"], state["shown"], state["skipped"]
-    started = time.perf_counter() - state["seconds"]
-    with open(folder / "metrics.jsonl", "ab") as metrics_file, open(folder / "samples.txt", "ab") as samples_file:
-        metrics_file.truncate(state["sizes"][0])  # what was written after the checkpoint is about to be written again
-        samples_file.truncate(state["sizes"][1])
-        bar = tqdm(range(done, args.steps + 1), desc=f"{arm}, seed {seed}", initial=done, total=args.steps)
-        for step in bar:
-            evaluated, stopping = step % args.eval_every == 0 or step == args.steps, False
-            if step > done:  # a checkpoint holds the step it was made at, trained but not evaluated
-                metrics, norms, shown = train_step(args, arm, seed, step, model, tokenizer, optimizer, data["train"])
-                for norm in norms:
-                    skipped = 0 if math.isfinite(norm) else skipped + 1
-                    if skipped == 3:
-                        raise UserError(f"{arm}, seed {seed}, step {step}: expected finite gradients, got three in a row that are not; the "
-                                        f"last checkpoint is kept in {folder}: start anew with a lower --learning-rate")
-                stopping = stop_requested.is_set()
-                if evaluated or stopping:
-                    sizes = metrics_file.tell(), samples_file.tell()
-                    save_checkpoint(folder / "checkpoint.pt", model, optimizer, step=step, metrics=metrics, shown=shown, skipped=skipped,
-                                    sizes=sizes, seconds=time.perf_counter() - started)
-            if evaluated:
-                scores = evaluate(args, seed, model, tokenizer, data["validation"]) if step else scores
-                metrics = dict(metrics, eval_pass1=scores["pass1"], eval_greedy=scores["greedy"], eval_passk=scores["passk"][-1])
-                samples_file.write(shown.encode())
-            metrics_file.write((json.dumps(metrics) + "\n").encode())
-            metrics_file.flush()
-            bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", entropy=f"{metrics['entropy']:.3f}",
-                            clip=f"{100 * metrics['clip_fraction']:.1f}%")
-            if stopping:
-                raise Stopped
-    after, lines = evaluate(args, seed, model, tokenizer, data["test"]), load_runs(args.out)[arm][seed]
-    row = dict(seed=seed)
+    still = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "grad_norm", "tokens_per_second", "seconds")
+    start = dict(dict.fromkeys(still, 0.0), step=0, reward_mean=scores["pass1"], entropy=scores["entropy"], ratio_mean=1.0,
+                 frac_reward_zero_std=scores["zero_std"], completion_length_mean=scores["length"], updates_skipped=0,
+                 **evaluation_metrics(scores))
+    state = load_checkpoint(folder / "checkpoint.pt", model, optimizer) or dict(step=0, seconds=0.0, lines=[start], samples="")
+    lines, started, skipped = state["lines"], time.perf_counter() - state["seconds"], 0
+    bar = tqdm(range(state["step"] + 1, args.steps + 1), desc=f"{arm}, seed {seed}", initial=state["step"], total=args.steps)
+    for step in bar:
+        metrics, norms, shown = train_step(args, arm, seed, step, model, tokenizer, optimizer, data["train"])
+        for norm in norms:
+            skipped = 0 if math.isfinite(norm) else skipped + 1
+            if skipped == 3:
+                raise UserError(f"{arm}, seed {seed}, step {step}: expected finite gradients, got three in a row that are not; the "
+                                f"last checkpoint is kept in {folder}: start anew with a lower --learning-rate")
+        evaluated, stopping = step % args.eval_every == 0 or step == args.steps, stop_requested.is_set()
+        if evaluated:
+            metrics.update(evaluation_metrics(evaluate(args, seed, model, tokenizer, data["validation"])))
+            state["samples"] += shown
+        lines.append(metrics)
+        save_text("".join(json.dumps(line) + "\n" for line in lines), folder / "metrics.jsonl")
+        save_text(state["samples"], folder / "samples.txt")
+        if evaluated or stopping:
+            state.update(step=step, seconds=time.perf_counter() - started)
+            save_checkpoint(folder / "checkpoint.pt", model, optimizer, **state)
+        if stopping:
+            raise Stopped
+        bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", entropy=f"{metrics['entropy']:.3f}",
+                        clip=f"{100 * metrics['clip_fraction']:.1f}%")
+    after, row = evaluate(args, seed, model, tokenizer, data["test"]), dict(seed=seed)
     for name, pick in (("pass1", lambda s: s["pass1"]), ("greedy", lambda s: s["greedy"]), ("passk", lambda s: s["passk"][-1]),
                        ("passk_curve", lambda s: s["passk"])):
         row.update({f"{name}_before": pick(before["test"]), f"{name}_after": pick(after)})
@@ -1023,7 +1028,7 @@ def main(argv=None):
                          "new --out"), 2
     except KeyboardInterrupt:
         message, code = f"stopped at once; what {args.out} has saved is kept, and the same command with --resume continues", 130
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         message, code = f"expected to write in {args.out}, got {error}; mend that, and if a run was under way continue it by --resume", 2
     print(f"train_small.py: {message}", file=sys.stderr)
     return code

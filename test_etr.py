@@ -1,0 +1,505 @@
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: no test may depend on a hub
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from hypothesis import given, settings, strategies as st
+
+import etr
+import train_small as ts
+
+ROOT = Path(__file__).resolve().parent
+torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------ train_small.py: the parts
+
+TINY = ["--steps", "4", "--prompts-per-step", "4", "--group-size", "4", "--updates-per-step", "4", "--eval-problems", "8",
+        "--train-problems", "64", "--warmup-steps", "20", "--max-new-tokens", "24", "--eval-every", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """(args, model, tokenizer, data) of the built-in task after a short warm start: right sometimes, wrong mostly."""
+    args = ts.parse_args(["--warmup-steps", "120", "--train-problems", "2000", "--eval-problems", "64", "--device", "cpu",
+                          "--out", str(tmp_path_factory.mktemp("warm"))])
+    model, tokenizer = ts.load_model(args, 0)
+    data = {name: ts.encode(args, tokenizer, part) for name, part in ts.load_problems(args).items()}
+    ts.warm_up(args, 0, model, tokenizer, data["train"])
+    return args, model, tokenizer, data
+
+
+def roll(warm, problems=6, group_size=4, seed=0, **options):
+    args, model, tokenizer, data = warm
+    prompts = [problem.prompt for problem in data["train"][:problems]]
+    return prompts, ts.sample(model, prompts, group_size, options.pop("max_new_tokens", 48), ts.stop_tokens(model, tokenizer),
+                              ts.generator("cpu", "test", seed), **options)
+
+
+def plain_logits(model, prompt, completion):
+    """Logits (T, V) that predict the completion, from the model's own forward on one unpadded sequence."""
+    return model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1]
+
+
+def test_rollout_logprobs_and_entropies_are_those_of_the_plain_forward(warm):
+    model = warm[1]
+    prompts, rollouts = roll(warm)
+    assert len({len(prompt) for prompt in prompts}) > 1  # ragged, so padding and positions matter
+    for i, (tokens, mask) in enumerate(zip(rollouts.tokens, rollouts.mask)):
+        with torch.no_grad():
+            softmax = torch.distributions.Categorical(logits=plain_logits(model, prompts[i // 4], tokens[mask].tolist()))
+        torch.testing.assert_close(rollouts.logprobs[i, mask], softmax.log_prob(tokens[mask]), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(rollouts.entropies[i, mask], softmax.entropy(), atol=2e-5, rtol=1e-5)
+
+
+def test_scores_equal_rollout_logprobs_and_their_gradient_that_of_full_logits(warm):
+    model = warm[1]
+    prompts, rollouts = roll(warm)
+    tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
+    logprobs = ts.score(model, prompts, [4] * len(prompts), tokens, mask)
+    torch.testing.assert_close(logprobs, rollouts.logprobs, atol=2e-5, rtol=1e-5)
+    ours = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), materialize_grads=True)
+    plain = sum((plain_logits(model, prompts[i // 4], row[on].tolist()).log_softmax(-1).gather(1, row[on][:, None])[:, 0]
+                 * weights[i, on]).sum() for i, (row, on) in enumerate(zip(tokens, mask)))
+    for a, b in zip(ours, torch.autograd.grad(plain, list(model.parameters()), materialize_grads=True)):
+        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()) + 1e-7, rtol=1e-3)
+
+
+def test_pieces_of_any_size_give_the_same_logprobs(warm):
+    args, model = warm[:2]
+    prompts, rollouts = roll(warm)
+    per_row = [prompts[i // 4] for i in range(len(rollouts.mask))]
+    for budget in (1, 200, 10**6):
+        pieces = list(ts.score_in_pieces(argparse.Namespace(micro_batch_tokens=budget), model, per_row, range(len(per_row)),
+                                         rollouts.tokens, rollouts.mask))
+        assert torch.cat([index for index, _ in pieces]).tolist() == list(range(len(per_row)))
+        assert len(pieces) == {1: len(per_row), 10**6: 1}.get(budget, len(pieces))
+        torch.testing.assert_close(torch.cat([logprobs for _, logprobs in pieces]), rollouts.logprobs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_completion_ends_with_its_first_end_token_or_is_cut(warm):
+    end = warm[2].eos_token_id
+    for rollouts in (roll(warm)[1], roll(warm, max_new_tokens=9)[1]):
+        lengths = rollouts.mask.sum(1)
+        assert torch.equal(rollouts.mask, torch.arange(rollouts.mask.shape[1]) < lengths[:, None])  # no holes
+        for tokens, length in zip(rollouts.tokens, lengths):
+            assert end not in tokens[:length - 1]
+            assert tokens[length - 1] == end or length == rollouts.mask.shape[1]
+    assert (lengths == 9).any() and (lengths < 9).any()
+
+
+def test_sampling_uses_the_full_softmax_whatever_the_generation_config_says(warm):
+    args, model, tokenizer, data = warm
+    prompt, config = data["train"][0].prompt, model.generation_config
+    with torch.no_grad():
+        expected = (plain_logits(model, prompt[:3], [0])[0] / 2).softmax(-1)  # flattened, so that every token has a chance
+    model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
+    try:
+        rollouts = ts.sample(model, [prompt[:3]], 20000, 1, [], ts.generator("cpu", "full"), temperature=2.0)
+    finally:
+        model.generation_config = config
+    seen = torch.bincount(rollouts.tokens[:, 0], minlength=len(expected)) / 20000
+    assert (seen - expected).abs().max() < 5 * (expected.max() / 20000).sqrt()
+    assert (seen > 0).sum() > 5
+
+
+def test_temperature_zero_is_greedy(warm):
+    model = warm[1]
+    prompts, rollouts = roll(warm, group_size=1, temperature=0)
+    for prompt, tokens, mask in zip(prompts, rollouts.tokens, rollouts.mask):
+        assert plain_logits(model, prompt, tokens[mask].tolist()).argmax(-1).tolist() == tokens[mask].tolist()
+
+
+def step_of(warm, arm, **changes):
+    args, model, tokenizer, data = warm
+    model = copy.deepcopy(model)
+    args = argparse.Namespace(**{**vars(args), "prompts_per_step": 8, **changes})
+    metrics, norms, _ = ts.train_step(args, arm, 0, 1, model, tokenizer, ts.make_optimizer(model), data["train"])
+    return metrics, norms, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_with_one_update_per_batch_nothing_is_clipped_and_etr_is_grpo(warm):
+    (metrics, _, grpo), (_, _, elastic) = (step_of(warm, arm, updates_per_step=1) for arm in ("grpo", "etr"))
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-4) and metrics["clip_fraction"] == 0
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6) and metrics["frac_reward_zero_std"] < 1 and metrics["grad_norm"] > 0
+    assert torch.equal(grpo, elastic)
+    many = [step_of(warm, arm, updates_per_step=8, learning_rate=1e-3) for arm in ("grpo", "etr")]
+    assert not torch.equal(many[0][2], many[1][2]) and all(metrics["clip_fraction"] > 0.005 for metrics, _, _ in many)
+
+
+def test_a_step_is_the_same_whatever_the_micro_batch(warm):
+    whole, cut = (step_of(warm, "etr", updates_per_step=2, micro_batch_tokens=n) for n in (10**6, 300))
+    torch.testing.assert_close(whole[2], cut[2], atol=1e-5, rtol=1e-4)
+    assert whole[0]["entropy"] == cut[0]["entropy"] and whole[0]["approx_kl"] == pytest.approx(cut[0]["approx_kl"], rel=1e-3, abs=1e-7)
+
+
+def test_counts_by_correct_add_up_to_the_step(warm):
+    metrics = step_of(warm, "etr", updates_per_step=8, learning_rate=1e-3)[0]
+    by = {name: np.array(values) for name, values in metrics["by_correct"].items()}
+    tokens = (by["tokens_right"] + by["tokens_wrong"]).sum()
+    assert tokens == 2 * metrics["completion_length_mean"] * 64  # two passes over 8 prompts x 8
+    assert by["clipped_right"].sum() / tokens == pytest.approx(metrics["clip_fraction_high"], rel=1e-4)
+    assert by["clipped_wrong"].sum() / tokens == pytest.approx(metrics["clip_fraction_low"], rel=1e-4)
+    assert by["kl"].sum() / tokens == pytest.approx(metrics["approx_kl"], rel=1e-3)
+    assert by["tokens_right"][0] == by["tokens_wrong"][-1] == by["clipped_wrong"][0] == by["radius_squared"][0] == 0
+
+
+def test_three_updates_without_finite_gradient_stop_the_run_and_leave_the_weights(warm, monkeypatch, tmp_path, capsys):
+    loss = etr.surrogate_loss
+    broken = lambda when: lambda *args, **kw: (lambda value, stats: (value * (math.nan if next(when) else 1), stats))(*loss(*args, **kw))
+    monkeypatch.setattr(etr, "surrogate_loss", broken(iter([False, True, False, False])))
+    metrics, norms, weights = step_of(warm, "grpo", updates_per_step=4)
+    assert metrics["updates_skipped"] == 1 and math.isnan(norms[1]) and weights.isfinite().all()
+    monkeypatch.setattr(etr, "surrogate_loss", broken(itertools.cycle([True])))
+    assert ts.main([*TINY, "--out", str(tmp_path / "run")]) == 2
+    assert "three in a row" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("n, correct", [(8, 0), (8, 1), (8, 5), (8, 8), (5, 2)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n, correct):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+        assert ts.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_the_band_is_students_interval_of_the_mean():
+    x, mean, half = ts.mean_and_band([{0: 1.0, 10: 2.0}, {0: 2.0, 10: 2.0, 20: 5.0}, {0: 6.0, 10: 2.0}])
+    assert list(x) == [0, 10] and mean.tolist() == [3.0, 2.0]
+    assert half[0] == pytest.approx(4.3027 * np.std([1, 2, 6], ddof=1) / 3**0.5, rel=1e-3) and half[1] == 0
+
+
+# --------------------------------------------------------------------------------------------- train_small.py: problems
+
+def test_arithmetic_problems_are_distinct_and_their_answers_true():
+    problems = ts.arithmetic_problems(3000, random.Random(0))
+    vocabulary, misled = ts.built_in_tokenizer().get_vocab(), 0
+    assert len({problem.question for problem in problems}) == 3000
+    for problem in problems:
+        assert set(re.split("[ ]", f"{problem.question} {problem.solution}")) <= set(vocabulary)
+        words = problem.question.split()
+        total = int(words[2])
+        for verb, number in re.findall(r", (\w+) (\d+)", problem.question):
+            total += int(number) * (1 if verb in ts.GAIN else -1)
+        assert str(total) == problem.answer and 0 <= total <= ts.LARGEST
+        misled += ts.grade("arithmetic", problem.solution, problem.answer) == 0
+    assert 0.3 < misled / 3000 < 0.8  # the textbook is wrong about half the time
+    assert problems == ts.arithmetic_problems(3000, random.Random(0)) != ts.arithmetic_problems(3000, random.Random(1))
+
+
+def gsm8k_row(i):
+    return {"question": f"What is {i} + 1,000?", "answer": f"We add.\nThat is <<{i}+1000={i + 1000}>>{i + 1000:,}.\n#### {i + 1000:,}"}
+
+
+def math_row(i):
+    return {"problem": f"Halve {i}.", "level": f"Level {i % 5 + 1}", "type": "Algebra", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{2}}}}$."}
+
+
+def write_data(folder, row, train=60, test=20):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, numbers in (("train", range(train)), ("test", range(1000, 1000 + test))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row(i)) + "\n" for i in numbers))
+    return str(folder)
+
+
+def test_problems_from_a_folder_are_split_without_overlap_and_by_level(tmp_path):
+    for task, row in (("gsm8k", gsm8k_row), ("math", math_row)):
+        folder = write_data(tmp_path / task, row)
+        parts = ts.load_problems(ts.parse_args(["--task", task, "--data", folder, "--eval-problems", "8", "--prompts-per-step", "4",
+                                                "--levels", "1", "3", "--train-problems", "10"]))
+        questions = [{problem.question for problem in parts[name]} for name in ("train", "validation", "test")]
+        assert [len(part) for part in questions] == [10, 8, 8] and len(set.union(*questions)) == 26
+        for problem in itertools.chain(*parts.values()):
+            assert ts.grade(task, problem.solution, problem.answer) == 1.0 and "<<" not in problem.solution
+            assert task == "gsm8k" or int(re.search(r"\d+", problem.question)[0]) % 5 in (0, 2)
+
+
+def test_real_problems_are_read_and_their_solutions_are_right():
+    shared = Path(__file__).resolve().parent.parent / "shared/data"
+    if not shared.exists():
+        pytest.skip("needs real GSM8K and MATH in ../shared/data")
+    for task, least in (("gsm8k", 7473 + 1319 - 400), ("math", 4000)):
+        parts = ts.load_problems(ts.parse_args(["--task", task, "--data", str(shared / task), "--eval-problems", "500", "--train-problems", "0"]))
+        problems = [*parts["train"][:3000], *parts["validation"], *parts["test"]]
+        assert len(problems) >= 4000 and all(ts.grade(task, problem.solution, problem.answer) for problem in problems)
+        others = problems[1:] + problems[:1]
+        wrong = [(a, b) for a, b in zip(problems, others) if a.answer != b.answer][:300]
+        assert sum(ts.grade(task, a.solution, b.answer) for a, b in wrong) <= 2 * (task == "math")  # \frac12 is 0.5
+
+
+# ---------------------------------------------------------------------------------------------- train_small.py: verifier
+
+RIGHT = ["#### 1234", "#### 1,234", "so\n#### $1,234", "#### 1234.", "#### 1234.00", "#### **1234**", "#### \\boxed{1234}", "#### 1234 apples",
+         "#### 1,234 dollars", "####1234", "The answer is 1234.", "The answer is: $1,234", "\\boxed{1,234}", "It is $\\boxed{1234}$.",
+         "#### +1234", "#### 1 234".replace(" 2", ",2"), "#### 2468/2", "#### \\frac{2468}{2}"]
+WRONG = ["", "1234", "#### 123", "#### 12345", "#### -1234", "#### 1.234", "#### 1234 or 1235", "#### 1234 #### 1235", "#### 1233\n#### 1234",
+         "#### 1000 + 234", "#### 1234 thousand", "#### 1234 1234", "The total of 1234 is 12", "\\boxed{1} and \\boxed{1234}",
+         "#### 1234e0", "#### x = 1235", "#### one", "####", "#### 1234/0", "#### not 1234", "#### 1234 to 1240", "#### 1, 234"]
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_gsm8k_takes_every_spelling_of_the_right_answer(text):
+    assert ts.grade("gsm8k", text, "1,234") == 1.0
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_gsm8k_takes_no_wrong_answer_and_no_list_of_guesses(text):
+    assert ts.grade("gsm8k", text, "1,234") == 0.0
+
+
+EQUAL = [("\\frac{1}{2}", "\\dfrac12"), ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "1/2"), ("10", "10\\text{ cm}"), ("1,000", "1000"),
+         ("90", "90^\\circ"), ("2\\sqrt{3}", "\\sqrt{12}"), ("x+1", "1+x"), ("(1,2)", "(1, 2)"), ("[0,1)", "\\left[0,1\\right)"),
+         ("\\{1,2\\}", "\\{2,1\\}"), ("5", "x=5"), ("\\text{east}", "east"), ("-\\frac{3}{4}", "\\frac{-3}{4}"), ("50\\%", "50\\%"),
+         ("101_2", "101_{2}"), ("\\pi", "\\pi"), ("x^2-1", "(x-1)(x+1)")]
+UNEQUAL = [("12", "6+6"), ("12", "12\\%"), ("12", "12 or 13"), ("12", "x=13=12"), ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("101_2", "101_3"),
+           ("\\frac{1}{2}", "2"), ("x+1", "x-1"), ("5", "55"), ("\\{1,2\\}", "\\{1\\}"), ("2\\sqrt{3}", "2\\sqrt{2}"), ("12", ""), ("(3,4)", "3,4"), ("(3,4)", "\\{3,4\\}")]
+
+
+@pytest.mark.parametrize("gold, answer", EQUAL)
+def test_math_takes_equal_answers(gold, answer):
+    assert ts.grade("math", f"Hence \\boxed{{{answer}}}.", gold) == 1.0
+
+
+@pytest.mark.parametrize("gold, answer", UNEQUAL)
+def test_math_takes_no_unequal_answers(gold, answer):
+    assert ts.grade("math", f"\\boxed{{{gold}}} no: \\boxed{{{answer}}}", gold) == 0.0
+    assert ts.grade("math", gold, gold) == 0.0  # no box, no answer
+
+
+HOSTILE = ["9^{9^{9^{9^9}}}", "10^{10^{10}}!", "1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400", "100000!!", "__import__('os').system('true')",
+           "\x00", "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "\\sqrt[9^9^9]{2}", "\\binom{10^9}{10^8}", "\\int_0^1 x^{x^{x^x}} dx",
+           "\\sum_{n=1}^{10^{12}} n^{n}", "12 or 13", "1,2,3,4", "\ud800", "∞", "\\infty-\\infty", "½", "1_000", "0x10", "١٢"]
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_hostile_answers_earn_nothing_and_take_no_time(task):
+    for answer in HOSTILE:
+        for text in (f"\\boxed{{{answer}}}", f"#### {answer}", f"#### {answer}\n#### 12", answer * 3):
+            started = time.perf_counter()
+            assert ts.grade(task, text, "12") == 0.0 or text.endswith("\n#### 12") and task == "gsm8k", text[:60]
+            assert ts.grade(task, text, "\\frac{x}{12}" if task == "math" else "0.5") == 0.0, text[:60]
+            assert time.perf_counter() - started < 4, text[:60]  # two answers
+    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
+    assert children.count("math_verify") <= 1
+
+
+pieces = st.sampled_from(["12", "13", "####", "\\boxed{", "}", "{", "\\frac", "^", "!", "_", " ", "\n", ",", ".", "$", "%", "-", "/", "or", "=",
+                          "\\sqrt", "\x00", "\u202e", "answer is", "**", "e9", "9" * 40])
+
+
+@given(st.one_of(st.text(max_size=60), st.lists(pieces, max_size=14).map("".join)))
+@settings(max_examples=2000, deadline=2000, derandomize=True)
+def test_the_verifier_answers_any_text_with_0_or_1(text):
+    for task in ("arithmetic", "gsm8k"):
+        reward = ts.grade(task, text, "12")
+        assert reward == 0.0 or reward == 1.0 and "12" in text
+
+
+@given(st.lists(pieces, max_size=14).map("".join))
+@settings(max_examples=200, deadline=2500, derandomize=True)
+def test_the_math_verifier_answers_any_box_with_0_or_1(text):
+    assert ts.grade("math", f"\\boxed{{{text}}}", "\\frac{x}{7}") == 0.0
+
+
+# ------------------------------------------------------------------------------------------- train_small.py: whole runs
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(lines):
+    return [{name: value for name, value in line.items() if name not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert ts.main([*TINY, "--seeds", "2", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert set(results) == {"task", "total_seconds", "warmup_seconds", "arms"} and list(results["arms"]) == ["grpo", "etr"]
+    fields = {"seed", "pass1_before", "pass1_after", "greedy_before", "greedy_after", "passk_before", "passk_after", "entropy_first",
+              "entropy_last", "clip_fraction_mean", "seconds"}
+    per_step = {"step", "reward_mean", "entropy", "clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl",
+                "frac_reward_zero_std", "completion_length_mean", "grad_norm", "tokens_per_second", "seconds"}
+    evaluated = {"eval_pass1", "eval_greedy", "eval_passk"}
+    for arm, rows in results["arms"].items():
+        assert [row["seed"] for row in rows] == [0, 1] and all(fields <= set(row) for row in rows)
+        for seed in (0, 1):
+            lines = lines_of(undisturbed / f"{arm}-seed{seed}")
+            assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and all(per_step <= set(line) for line in lines)
+            assert [evaluated <= set(line) for line in lines] == [True, False, True, False, True]
+            assert "reward" in (undisturbed / f"{arm}-seed{seed}/samples.txt").read_text()
+    for seed in (0, 1):  # every arm of a seed: one warm start, and the same rollouts until the first bound binds
+        assert without_time(lines_of(undisturbed / f"grpo-seed{seed}"))[:1] == without_time(lines_of(undisturbed / f"etr-seed{seed}"))[:1]
+        first = [lines_of(undisturbed / f"{arm}-seed{seed}")[1] for arm in ("grpo", "etr")]
+        assert first[0]["reward_mean"] == first[1]["reward_mean"] and first[0]["entropy"] == first[1]["entropy"]
+    assert all((undisturbed / name).read_bytes()[:4] == b"\x89PNG" for name in ("accuracy_entropy.png", "mechanism.png"))
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["arguments"]["steps"] == 4 and config["versions"]["torch"] == torch.__version__
+
+
+def command(out, *more):
+    return [sys.executable, str(ROOT / "train_small.py"), *TINY, "--seeds", "2", "--out", str(out), *more]
+
+
+def kill_and_resume(out, kills, rng, longest):
+    """Runs the command to its end, killed `kills` times after a random time. Returns how many kills hit a live process."""
+    hits = 0
+    for kill in range(kills + 1):
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        process = subprocess.Popen(command(out, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if kill == kills:
+            assert process.wait() == 0
+        else:
+            time.sleep(rng.uniform(0.3, 1) * longest)
+            hits += process.poll() is None
+            process.kill()
+            process.wait()
+    return hits
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    # The long form, 20 kills: KILLS=20 python -m pytest -k killed
+    kills = int(os.environ.get("KILLS", 3))
+    assert kill_and_resume(tmp_path / "run", kills, random.Random(kills), 14) >= 1
+    compare(undisturbed, tmp_path / "run")
+
+
+def compare(expected, got):
+    for folder in sorted(expected.glob("*-seed?")):
+        assert without_time(lines_of(got / folder.name)) == without_time(lines_of(folder))
+        assert (got / folder.name / "samples.txt").read_text() == (folder / "samples.txt").read_text()
+        a, b = (safetensors.torch.load_file(root / folder.name / "model/model.safetensors") for root in (expected, got))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not list(got.rglob("*.tmp")) and not list(got.rglob("checkpoint.pt"))
+
+
+def test_ctrl_c_saves_draws_and_says_how_to_resume(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
+    while not (out / "grpo-seed1/metrics.jsonl").exists():  # a whole arm is done, another is under way
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "--resume" in process.communicate(timeout=60)[1].splitlines()[-1] and process.returncode == 130
+    assert (out / "accuracy_entropy.png").exists() and not (out / "results.json").exists()
+    assert ts.main(command(out, "--resume")[2:]) == 0
+    compare(undisturbed, out)
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(undisturbed, tmp_path):
+    out, limit = tmp_path / "run", 300_000  # bytes per file: the warm start's checkpoint is larger
+    process = subprocess.run(command(out), capture_output=True, text=True,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert process.returncode == 2 and "--resume" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert ts.main(command(out, "--resume")[2:]) == 0
+    compare(undisturbed, out)
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturbed, capsys, tmp_path):
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    base = command(undisturbed)[2:]
+    for argv, words in ((base, "add --resume"), ([*base, "--resume", "--steps", "9"], "steps was 4, is 9"),
+                        ([*TINY, "--out", str(tmp_path), "--resume"], "got none")):
+        assert ts.main(argv) == 2
+        assert words in capsys.readouterr().err
+    assert ts.main([*base, "--resume"]) == 0  # a finished run has nothing left to do
+    assert {path: path.read_bytes() for path in before if path.suffix != ".png"} == {
+        path: content for path, content in before.items() if path.suffix != ".png"}
+
+
+BAD_ARGUMENTS = [(["--task", "chess"], "chess"), (["--algos", "ppo"], "ppo"), (["--group-size", "1"], "at least 2"), (["--steps", "0"], "at least 1"),
+                 (["--steps", "many"], "many"), (["--learning-rate", "-1"], "positive"), (["--learning-rate", "nan"], "positive"),
+                 (["--clip-low", "0.5", "--scale-max", "2"], "lower one"), (["--model", "gpt2"], "--task"), (["--device", "abacus"], "cpu"),
+                 (["--prompts-per-step", "500"], "at least --prompts-per-step 500"), (["--max-new-tokens", "500"], "lower it"),
+                 (["--task", "gsm8k", "--data", "nowhere"], "train.jsonl")]
+if not torch.cuda.is_available():
+    BAD_ARGUMENTS.append((["--device", "cuda"], "cpu"))
+
+
+def fails_with(argv, words, capsys, out):
+    """The run must end with code 2 and one line that holds `words`, and write nothing."""
+    try:
+        code = ts.main([*argv, "--out", str(out)])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and message.startswith("train_small.py: ") and words in message, message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("argv, words", BAD_ARGUMENTS)
+def test_a_bad_argument_gets_one_sentence(argv, words, capsys, tmp_path):
+    fails_with([*TINY, *argv], words, capsys, tmp_path / "out")
+
+
+@pytest.mark.parametrize("task, content, words", [
+    ("gsm8k", None, "train.jsonl"), ("gsm8k", "", "empty"), ("gsm8k", "{\n", "train.jsonl, line 1"), ("gsm8k", '{"question": "?"}\n', "answer"),
+    ("gsm8k", '{"question": "?", "answer": "7"}\n', "####"), ("gsm8k", "[1]\n", "line 1"), ("math", '{"problem": "?", "solution": "7", "level": "1"}\n', "boxed"),
+    ("math", '{"problem": "?", "solution": "\\\\boxed{7}"}\n', "level"), ("gsm8k", "\xff", "UTF-8")])
+def test_a_bad_data_file_is_named_with_its_line(task, content, words, capsys, tmp_path):
+    folder = write_data(tmp_path / "data", {"gsm8k": gsm8k_row, "math": math_row}[task])
+    path = Path(folder) / "train.jsonl"
+    path.unlink() if content is None else path.write_bytes(content.encode("latin-1"))
+    fails_with(["--task", task, "--data", folder, "--model", "nowhere"], words, capsys, tmp_path / "out")
+
+
+def save_model(folder, vocabulary=64, **config):
+    tokenizer = ts.built_in_tokenizer()
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, **config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_bad_model_folder_gets_one_sentence(capsys, tmp_path):
+    data, good = write_data(tmp_path / "data", gsm8k_row), save_model(tmp_path / "good", max_position_embeddings=600)
+    base = ["--task", "gsm8k", "--data", data, "--eval-problems", "4", "--prompts-per-step", "4", "--device", "cpu"]
+    no_tokenizer = save_model(tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    for model, words in ((no_tokenizer, "tokenizer"), (save_model(tmp_path / "small", vocabulary=8), "at most 8 tokens"),
+                         (str(tmp_path), "hub id"), ("nobody/nothing", "hub id"), (save_model(tmp_path / "short", max_position_embeddings=64), "context")):
+        fails_with([*base, "--model", model], words, capsys, tmp_path / "out")
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file/deeper"):
+        assert ts.main([*base, "--model", good, "--out", str(out), "--max-new-tokens", "2"]) == 2
+        assert "expected to write" in capsys.readouterr().err.splitlines()[-1]
+    fails_with(["--task", "gsm8k", "--model", good, "--device", "cpu"], "--data", capsys, tmp_path / "out")  # the hub is off
+
+
+def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(ts, "train_step", full)
+    assert ts.main([*TINY, "--out", str(tmp_path / "run")]) == 2
+    assert "--micro-batch-tokens" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_real_task_runs_with_a_model_and_data_from_folders(tmp_path):
+    for task, row in (("gsm8k", gsm8k_row), ("math", math_row)):
+        out = tmp_path / f"{task}-run"
+        assert ts.main(["--task", task, "--data", write_data(tmp_path / task, row), "--model", save_model(tmp_path / "model"), "--algos", "etr",
+                        "--steps", "2", "--prompts-per-step", "4", "--group-size", "2", "--max-new-tokens", "3", "--eval-problems", "4",
+                        "--warmup-steps", "1", "--device", "cpu", "--out", str(out)]) == 0
+        assert len(lines_of(out / "etr-seed0")) == 3
