@@ -46,8 +46,7 @@ def _center(rewards, who):
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"{who}: expected rewards of shape (P, G) with G >= 2 completions per prompt, got "
                          f"{tuple(rewards.shape)}; a group of one has no baseline, so sample at least 2 per prompt")
-    if not rewards.is_floating_point():
-        rewards = rewards.float()
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     if not torch.isfinite(rewards).all():
         raise ValueError(f"{who}: expected finite rewards, got {int((~torch.isfinite(rewards)).sum())} that are NaN or "
                          "infinite; give failed completions a number (0 is usual)")
@@ -59,8 +58,8 @@ def _center(rewards, who):
 def group_advantages(rewards, normalize=True, eps=1e-6):
     """Advantage of each completion relative to its group (GRPO: Shao et al. 2024, arXiv 2402.03300, outcome supervision).
 
-    rewards: (P, G). Returns (P, G): (R - mean) / std, or R - mean with `normalize=False` (Dr. GRPO, arXiv 2503.20783).
-    A group whose std is at most `eps` carries no signal and gets exactly 0.
+    rewards: (P, G). Returns (P, G): (R - mean) / std, exactly 0 in a group whose std is at most `eps` (it carries no signal), or
+    R - mean with `normalize=False` (Dr. GRPO, arXiv 2503.20783).
 
     The std is the population one (ddof 0): it makes mean(A_hat^2) = 1 in each group, on which ETR's budget neutrality rests.
     TRL and verl use ddof 1 and add 1e-4 and 1e-6 to it; their |A_hat| is smaller by sqrt((G-1)/G), 6 % at G = 8.
@@ -124,8 +123,8 @@ def elastic_clip_bounds(advantages, budgets=None, clip_low=0.2, clip_high=0.2, e
         raise ValueError(f"{who}: expected one budget per prompt, shape ({advantages.shape[0]},), got {tuple(budgets.shape)}")
     if not (torch.isfinite(advantages).all() and torch.isfinite(budgets).all() and (budgets >= 0).all()):
         raise ValueError(f"{who}: expected finite advantages and finite budgets >= 0, got others; check the rewards")
-    if not (clip_low >= 0 and clip_high >= 0 and scale_max > 0):
-        raise ValueError(f"{who}: expected clip_low, clip_high >= 0 and scale_max > 0, got {clip_low}, {clip_high}, {scale_max}")
+    if not (0 <= clip_low < math.inf and 0 <= clip_high < math.inf and scale_max > 0):
+        raise ValueError(f"{who}: expected finite clip_low, clip_high >= 0 and scale_max > 0, got {clip_low}, {clip_high}, {scale_max}")
     if math.isfinite(scale_max) and clip_low * scale_max >= 1:
         raise ValueError(f"{who}: expected clip_low * scale_max < 1, got {clip_low} * {scale_max} = {clip_low * scale_max:g}, "
                          "which switches the lower clip off; lower one of them")
@@ -143,16 +142,17 @@ def clipped_tokens(ratio, advantages, low, high):
 
 
 def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator=None):
-    """The clipped surrogate (PPO: Schulman et al. 2017, eq. 7), averaged over tokens as in DAPO (arXiv 2503.14476, eq. 8).
+    """The clipped surrogate (PPO: Schulman et al. 2017, eq. 7), averaged over tokens as in DAPO (arXiv 2503.14476).
 
     logprobs, old_logprobs: (B, T), of the sampled tokens under the current and the sampling policy. advantages: (B,).
-    low, high: (B,) radii from `elastic_clip_bounds(...)` flattened, or floats: 0.2, 0.2 is GRPO. mask: (B, T), true (or 1) at
+    low, high: (B,) radii >= 0 from `elastic_clip_bounds(...)`, flattened, or floats: 0.2, 0.2 is GRPO. mask: (B, T), true (or 1) at
     completion tokens, the first EOS included. denominator: what the sum over tokens is divided by, default mask.sum(); when
     gradients are accumulated pass the token count of the whole batch, so that micro-batches add up to its exact gradient.
 
     Returns (loss, stats). loss: scalar to minimise. stats: detached scalars, means over the masked tokens of this call:
     clip_fraction (its parts clip_fraction_low: A < 0 below the bound, clip_fraction_high: A > 0 above it), ratio_mean, and
-    approx_kl, in nats: KL(old || new) by the k3 estimator r - 1 - log r (Schulman 2020).
+    approx_kl, in nats: KL(old || new) by the k3 estimator r - 1 - log r (Schulman 2020). Only `logprobs` carries gradient. The
+    log-ratio is clamped to [-20, 20], beyond which it carries none.
 
     Raises ValueError if shapes do not match, the mask is empty, or the denominator is not positive.
     """
@@ -173,7 +173,7 @@ def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denomina
     advantages, low, high = (x.detach().reshape(-1, 1) for x in (advantages, low, high))
 
     # Padding may hold anything, also -inf or NaN, and NaN * 0 is NaN: blank it out before the exponential, not after.
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0).clamp(-20.0, 20.0)
     ratio = log_ratio.exp()
     # The minimum keeps the gradient of a token that moved the wrong way: the clip never blocks the way back.
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)

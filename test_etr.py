@@ -1,5 +1,8 @@
+"""Tests of etr.py, train_small.py and the README: python -m pytest. Long forms are named beside their tests."""
+
 import argparse
 import copy
+import doctest
 import itertools
 import json
 import math
@@ -8,25 +11,394 @@ import random
 import re
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it: no test may depend on a hub
 
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
 
 import etr
 import train_small as ts
 
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- etr.py
+
+
+def example(rows=8, tokens=12, seed=0, dtype=torch.float64):
+    """Random (logprobs, old_logprobs, advantages, low, high, mask): ragged completions, ratios on both sides of both bounds."""
+    torch.manual_seed(seed)
+    old = -3 * torch.rand(rows, tokens, dtype=dtype)
+    logprobs = (old + 0.3 * torch.randn(rows, tokens, dtype=dtype)).requires_grad_()
+    mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (rows, 1))
+    low, high = 0.05 + 0.3 * torch.rand(2, rows, dtype=dtype)
+    return logprobs, old, torch.randn(rows, dtype=dtype), low, high, mask
+
+
+def loss_and_gradient(logprobs, *args, **kwargs):
+    leaf = logprobs.detach().clone().requires_grad_()
+    loss, stats = etr.surrogate_loss(leaf, *args, **kwargs)
+    loss.backward()
+    return loss.detach(), leaf.grad, stats
+
+
+def surrogate_by_hand(logprobs, old_logprobs, advantages, low, high, mask):
+    """The same loss token by token, by cases instead of by minimum and clamp, and its gradient by hand."""
+    total, gradient = 0.0, torch.zeros_like(old_logprobs)
+    for i, t in mask.nonzero().tolist():
+        A, ratio = advantages[i].item(), math.exp(logprobs[i, t].item() - old_logprobs[i, t].item())
+        bound = 1 + float(high[i]) if A > 0 else 1 - float(low[i])
+        clipped = ratio > bound if A > 0 else ratio < bound
+        total += A * (bound if clipped else ratio)
+        gradient[i, t] = 0.0 if clipped else -A * ratio
+    return -total / int(mask.sum()), gradient / mask.sum()
+
+
+# Elasticities of 0 are GRPO
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elasticities_of_zero_are_grpo_bit_for_bit(dtype):
+    logprobs, old, _, _, _, mask = example(32, 12, dtype=dtype)
+    rewards = torch.rand(4, 8, dtype=dtype).round()
+    rewards[2] = 1.0  # a group without signal must not become an exception
+    advantages = etr.group_advantages(rewards)
+    low, high = etr.elastic_clip_bounds(advantages, etr.variance_budgets(rewards, 0.0), 0.2, 0.28, elasticity=0.0)
+    elastic = loss_and_gradient(logprobs, old, advantages.flatten(), low.flatten(), high.flatten(), mask)
+    grpo = loss_and_gradient(logprobs, old, advantages.flatten(), 0.2, 0.28, mask)
+    assert torch.equal(elastic[0], grpo[0]) and torch.equal(elastic[1], grpo[1])
+    assert grpo[2]["clip_fraction_low"] > 0.02 and grpo[2]["clip_fraction_high"] > 0.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rewards_to_gradient_equal_grpo_computed_by_hand(seed):
+    logprobs, old, _, low, high, mask = example(16, 12, seed)
+    rewards = torch.rand(4, 4, dtype=torch.float64)
+    by_hand = [(r - statistics.fmean(group)) / statistics.pstdev(group) for group in rewards.tolist() for r in group]
+    advantages = etr.group_advantages(rewards).flatten()
+    assert advantages.tolist() == pytest.approx(by_hand, rel=1e-9)
+    for args, floats in (((0.2, 0.28), ([0.2] * 16, [0.28] * 16)), ((low, high), (low, high))):
+        value, gradient = surrogate_by_hand(logprobs, old, torch.tensor(by_hand, dtype=torch.float64), *floats, mask)
+        loss, ours, _ = loss_and_gradient(logprobs, old, advantages, *args, mask)
+        assert loss.item() == pytest.approx(value, rel=1e-9)
+        torch.testing.assert_close(ours, gradient, rtol=1e-9, atol=1e-12)
+
+
+# Advantages, budgets and bounds
+
+@pytest.mark.parametrize("micro, macro", [(1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("kind", ["binary", "real", "binary and constant", "real and constant"])
+def test_bounds_are_budget_neutral(kind, micro, macro):
+    torch.manual_seed(0)
+    real, binary = 3 + 5 * torch.rand(64, 1) * torch.randn(64, 8), (torch.rand(64, 8) < torch.rand(64, 1)).float()
+    rewards = real if "real" in kind else binary
+    if "constant" in kind:
+        rewards[::3] = rewards[::3, :1]
+    informative = rewards.amax(1) > rewards.amin(1)
+    budgets = etr.variance_budgets(rewards, macro)
+    low, high = etr.elastic_clip_bounds(etr.group_advantages(rewards), budgets, 0.2, 0.3, micro, scale_max=math.inf)
+    for scale in (low[informative] / 0.2, high[informative] / 0.3):
+        assert scale.square().mean().item() == pytest.approx(1, abs=1e-5)
+        assert scale.std() > 0.1  # neutral, yet not constant
+    assert budgets[informative].mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("G", [2, 4, 8, 16])
+def test_table_over_pass_rates_has_its_closed_form(G):
+    p, nan = [k / G for k in range(G + 1)], math.nan
+    c = 6 * G / (G + 1)  # in a batch with one group of each k, the informative ones have mean p(1-p) = (G+1) / 6G
+    right = [math.sqrt((1 - q) / q) if q > 0 else nan for q in p]
+    wrong = [math.sqrt(q / (1 - q)) if q < 1 else nan for q in p]
+    macro = [math.sqrt(c * q * (1 - q)) for q in p]
+    scales = {"GRPO": ([1.0] * (G + 1),) * 2, "micro": (right, wrong), "macro": (macro, macro),
+              "ETR": ([math.sqrt(c) * (1 - q) for q in p], [math.sqrt(c) * q for q in p])}
+    close = lambda ours, expected: ours.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7, nan_ok=True)
+
+    budgets, rules, A_right, A_wrong = etr.bounds_by_pass_rate(G, 0.2)
+    assert close(budgets, [c * q * (1 - q) for q in p]) and close(A_right, right) and close(A_wrong, [-a for a in wrong])
+    assert rules.keys() == scales.keys()
+    for rule, radii in rules.items():
+        for radius, scale, exists in zip(radii, scales[rule], (right, wrong)):
+            assert close(radius, [nan if math.isnan(a) else 0.2 * min(s, 3) for s, a in zip(scale, exists)]), rule
+    assert (max(right[1:]) > 3) == (G == 16)  # the cap of 3 acts in one of the four tables
+
+
+@pytest.mark.parametrize("elasticity", [0.0, 0.5, 1.0, 2.0])
+def test_an_elasticity_is_d_log_radius_by_d_log_signal(elasticity):
+    low, high = etr.elastic_clip_bounds(torch.tensor([[0.5, -1.0]]), None, 0.1, 0.2, elasticity)
+    assert (high[0, 1] / high[0, 0]).item() == pytest.approx(2**elasticity) and torch.equal(high, 2 * low)
+    budgets = etr.variance_budgets(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), elasticity)  # a std twice as large
+    assert (budgets[1] / budgets[0]).sqrt().item() == pytest.approx(2**elasticity)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3, -2.7, 1e6 + 0.1])
+@pytest.mark.parametrize("G", [2, 3, 7, 8, 10])
+def test_equal_rewards_carry_no_signal_however_their_mean_rounds(G, value):
+    rewards = torch.full((2, G), value)
+    for normalize in (True, False):
+        assert torch.equal(etr.group_advantages(rewards, normalize), torch.zeros(2, G))
+    assert torch.equal(etr.variance_budgets(rewards), torch.zeros(2))
+    assert torch.equal(etr.variance_budgets(rewards, 0.0), torch.ones(2))
+
+
+def test_integer_and_boolean_rewards_and_advantages_without_the_std():
+    rewards = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]])
+    for same in (rewards, rewards.bool()):
+        assert torch.equal(etr.group_advantages(same), etr.group_advantages(rewards.float()))
+        assert torch.equal(etr.variance_budgets(same), etr.variance_budgets(rewards.float()))
+    assert etr.group_advantages(rewards, normalize=False).tolist() == [[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75]]
+    assert torch.equal(etr.group_advantages(torch.tensor([[1e-7, 0.0]])), torch.zeros(1, 2))  # std below eps
+
+
+# Gradients
+
+@pytest.mark.parametrize("position", ["below", "inside", "above"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_gradient_stops_only_where_the_token_has_left_the_way_it_was_pushed(sign, position):
+    advantages = sign * torch.tensor([2.0, 0.5])
+    low, high = torch.tensor([0.4, 0.1]), torch.tensor([0.6, 0.05])  # just outside for the second row is inside for the first
+    ratio = torch.stack({"below": (0.99 - low, 0.5 * (1 - low)), "inside": (1.01 - low, 0.99 + high),
+                         "above": (1.01 + high, 2 * (1 + high))}[position], dim=1)
+    loss, gradient, _ = loss_and_gradient(ratio.log(), torch.zeros(2, 2), advantages, low, high, torch.ones(2, 2))
+    stopped = (sign, position) in ((1, "above"), (-1, "below"))
+    reached = (1 + sign * (high if sign > 0 else low))[:, None].expand(2, 2) if stopped else ratio
+    torch.testing.assert_close(gradient, torch.zeros(2, 2) if stopped else -advantages[:, None] * ratio / 4)
+    torch.testing.assert_close(loss, -(advantages[:, None] * reached).mean())
+
+
+@pytest.mark.parametrize("bounds", ["per row", (0.0, 0.0), (0.2, 0.2), (0.9, 100.0)], ids=str)
+def test_first_inner_step_does_not_depend_on_the_bounds(bounds):
+    logprobs, _, advantages, low, high, mask = example()
+    low, high = (low, high) if bounds == "per row" else bounds
+    loss, gradient, stats = loss_and_gradient(logprobs, logprobs.detach(), advantages, low, high, mask)
+    policy_gradient = -advantages[:, None] * mask / mask.sum()
+    torch.testing.assert_close(gradient, policy_gradient, rtol=1e-12, atol=0)
+    assert loss.item() == pytest.approx(policy_gradient.sum().item())
+    assert stats == {"clip_fraction": 0, "clip_fraction_low": 0, "clip_fraction_high": 0, "ratio_mean": 1, "approx_kl": 0}
+
+
+def accumulated_gradient(rows_per_micro_batch, exact):
+    *_, advantages, low, high, mask = example(8, 12)
+    weight = torch.linspace(-1, 1, 100, dtype=torch.float64).view(20, 5).requires_grad_()  # a policy with shared parameters
+    features, chosen = torch.randn(8, 12, 20, dtype=torch.float64), torch.randint(5, (8, 12, 1))
+    score = lambda rows: (features[rows] @ weight).log_softmax(-1).gather(-1, chosen[rows]).squeeze(-1)
+    old = score(slice(None)).detach() + 0.3 * torch.randn(8, 12)
+    for rows in torch.arange(8).split(rows_per_micro_batch):
+        loss, _ = etr.surrogate_loss(score(rows), old[rows], advantages[rows], low[rows], high[rows], mask[rows],
+                                     denominator=int(mask.sum()) if exact else None)
+        (loss if exact else loss * len(rows) / 8).backward()
+    return weight.grad
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_accumulation_is_exact_with_the_denominator_and_wrong_as_a_mean_of_means(rows):
+    whole = accumulated_gradient(8, exact=False)
+    torch.testing.assert_close(accumulated_gradient(8, exact=True), whole, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(accumulated_gradient(rows, exact=True), whole, rtol=1e-10, atol=1e-12)
+    assert (accumulated_gradient(rows, exact=False) - whole).norm() > 0.05 * whole.norm()
+
+
+# Parity with TRL and verl
+
+def trl_loss(loss_type, logprobs, old_logprobs, advantages, low, high, mask, num_items):
+    """(loss, metrics) of TRL's own GRPOTrainer._compute_loss on given log-probs: a trainer without a model, TRL's default config.
+
+    Whatever else a later TRL reads is missing here and raises AttributeError, so this cannot pass by testing nothing.
+    """
+    from trl import GRPOConfig, GRPOTrainer
+    trainer = GRPOTrainer.__new__(GRPOTrainer)
+    trainer.args = GRPOConfig(output_dir="unused", loss_type=loss_type, bf16=False, use_cpu=True, steps_per_generation=1)
+    for name in ("beta", "loss_type", "importance_sampling_level", "off_policy_mask_threshold", "top_entropy_quantile",
+                 "use_vllm"):
+        setattr(trainer, name, getattr(trainer.args, name))
+    trainer.epsilon_low, trainer.epsilon_high = low, high
+    trainer.aux_loss_enabled = trainer._entropy_bonus_enabled = False
+    trainer.current_gradient_accumulation_steps, trainer._metrics = 1, {"train": defaultdict(list)}
+    trainer.model = SimpleNamespace(training=True)
+    trainer.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x)
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (logprobs, torch.zeros_like(logprobs), None)
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    loss = trainer._compute_loss(None, {
+        "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask.long(),
+        "advantages": advantages, "old_per_token_logps": old_logprobs, "num_items_in_batch": num_items})
+    return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("bounds", ["scalar", "per row"])
+@pytest.mark.parametrize("loss_type, denominator", [("bnpo", None), ("dapo", torch.tensor(100))])
+def test_loss_and_gradient_equal_those_of_trl(loss_type, denominator, bounds):
+    pytest.importorskip("trl", reason="TRL is not installed, so the loss was NOT compared with TRL's: pip install trl")
+    logprobs, old, advantages, low, high, mask = example(16, 20, seed=1, dtype=torch.float32)
+    low, high = (0.2, 0.28) if bounds == "scalar" else (low, high)
+    loss, gradient, stats = loss_and_gradient(logprobs, old, advantages, low, high, mask, denominator)
+    column = lambda x: x if bounds == "scalar" else x[:, None]
+    theirs, metrics = trl_loss(loss_type, logprobs, old, advantages, column(low), column(high), mask, denominator)
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, logprobs.grad, rtol=1e-5, atol=1e-9)
+    for side in ("low", "high"):
+        assert stats[f"clip_fraction_{side}"].item() == pytest.approx(metrics[f"clip_ratio/{side}_mean"], rel=1e-5)
+        assert stats[f"clip_fraction_{side}"] > 0.02
+
+
+# What verl 0.9.1 (torch 2.13.0, CPU) answered; its dual clip is switched off by a huge clip_ratio_c:
+#   from verl.trainer.ppo.core_algos import compute_policy_loss
+#   loss, clip_fraction, _, _ = compute_policy_loss(old, new, adv[:, None].expand(2, 4), mask,
+#                                                   cliprange_low=low, cliprange_high=high, clip_ratio_c=1e9)
+#   loss.backward(); print(loss, clip_fraction, new.grad)       # per row: low and high as (2, 1) tensors
+VERL_OLD = [[-1.0, -0.5, -2.0, -1.5], [-0.7, -1.2, -0.3, -2.5]]
+VERL_NEW = [[-0.6, -1.0, -1.9, -3.0], [-0.4, -1.6, -0.35, -2.1]]  # ratios 1.49 .61 1.11 .22 and 1.35 .67 .95 1.49
+VERL_ADV, VERL_MASK = [1.5, -0.5], [[1, 1, 1, 0], [1, 1, 1, 1]]
+VERL = [  # low, high, loss, clip fraction, gradient
+    (0.2, 0.28, -0.313014, 2 / 7, [[0, -0.129971, -0.236822, 0], [0.096418, 0, 0.067945, 0.106559]]),
+    ([0.1, 0.04], [0.6, 0.2], -0.346350, 2 / 7, [[-0.319677, -0.129971, -0.236822, 0], [0.096418, 0, 0, 0.106559]])]
+
+
+@pytest.mark.parametrize("low, high, loss, clip_fraction, gradient", VERL, ids=["scalar", "per row"])
+def test_loss_and_gradient_equal_the_numbers_recorded_from_verl(low, high, loss, clip_fraction, gradient):
+    old, new, advantages, low, high, mask = map(torch.tensor, (VERL_OLD, VERL_NEW, VERL_ADV, low, high, VERL_MASK))
+    ours, ours_gradient, stats = loss_and_gradient(new, old, advantages, low, high, mask)
+    assert ours.item() == pytest.approx(loss, abs=1e-6) and stats["clip_fraction"].item() == pytest.approx(clip_fraction)
+    torch.testing.assert_close(ours_gradient, torch.tensor(gradient), rtol=0, atol=1e-6)
+
+
+# Padding, the clamp of the log-ratio, stats
+
+@pytest.mark.parametrize("padding", [math.nan, -math.inf, math.inf, 1e30])
+@pytest.mark.parametrize("pad_new, pad_old", [(True, False), (False, True), (True, True)])
+def test_padding_reaches_neither_loss_nor_gradient_nor_stats(pad_new, pad_old, padding):
+    new, old, *rest, mask = example()
+    clean = loss_and_gradient(new, old, *rest, mask)
+    new, old = (x.detach().masked_fill(~mask & pad, padding) for x, pad in ((new, pad_new), (old, pad_old)))
+    for kind in (mask, mask.long(), mask.float()):
+        loss, gradient, stats = loss_and_gradient(new, old, *rest, kind)
+        assert torch.equal(loss, clean[0]) and torch.equal(gradient, clean[1]) and stats == clean[2]
+
+
+@pytest.mark.parametrize("advantage, reached", [(-1.0, [math.exp(20), 0.8, 0.8]), (1.0, [1.2, math.exp(-20), math.exp(-20)])])
+def test_log_ratio_is_clamped_to_20_before_the_exponential(advantage, reached):
+    logprobs, old = torch.tensor([[0.0, -500.0, -math.inf]]), torch.tensor([[-500.0, 0.0, -1.0]])
+    loss, gradient, stats = loss_and_gradient(logprobs, old, torch.tensor([advantage]), 0.2, 0.2, torch.ones(1, 3))
+    assert loss.item() == pytest.approx(-advantage * sum(reached) / 3, rel=1e-5)
+    assert gradient.isfinite().all() and all(x.isfinite() for x in stats.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stats_equal_a_count_over_the_tokens(seed):
+    args = logprobs, old, advantages, low, high, mask = example(seed=seed)
+    tokens = [(math.exp(logprobs[i, t].item() - old[i, t].item()), advantages[i].item(), 1 - low[i].item(), 1 + high[i].item())
+              for i, t in mask.nonzero().tolist()]
+    mean = lambda values: sum(values) / len(tokens)
+    below, above = mean(r < lo and A < 0 for r, A, lo, hi in tokens), mean(r > hi and A > 0 for r, A, lo, hi in tokens)
+    assert below > 0 and above > 0 and below + above < mean(not lo <= r <= hi for r, A, lo, hi in tokens)  # the sign matters
+    expected = {"clip_fraction_low": below, "clip_fraction_high": above, "clip_fraction": below + above,
+                "ratio_mean": mean(r for r, *_ in tokens), "approx_kl": mean(r - 1 - math.log(r) for r, *_ in tokens)}
+    _, stats = etr.surrogate_loss(*args, denominator=1000)  # of the loss, not of the stats
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_the_logprobs_and_the_loss_carry_gradient():
+    args = logprobs, *constants, mask = example()
+    for x in constants:
+        x.requires_grad_()
+    loss, stats = etr.surrogate_loss(*args)
+    loss.backward()
+    assert logprobs.grad.abs().sum() > 0 and all(x.grad is None for x in constants)
+    assert all(x.dim() == 0 and not x.requires_grad for x in stats.values())
+
+
+# Errors: what was expected and what came
+
+def loss_with(**changes):
+    names = ("logprobs", "old_logprobs", "advantages", "low", "high", "mask")
+    return etr.surrogate_loss(**{**dict(zip(names, example(4, 6))), **changes})
+
+
+ones, bounds = torch.ones, etr.elastic_clip_bounds
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: etr.group_advantages(ones(4, 1)), r"G >= 2 .* got \(4, 1\)"),
+    (lambda: etr.variance_budgets(ones(4, 1)), r"G >= 2 .* got \(4, 1\)"),
+    (lambda: etr.group_advantages(ones(8)), r"shape \(P, G\).* got \(8,\)"),
+    (lambda: etr.group_advantages(torch.tensor([[1, math.nan, math.inf]])), "finite rewards, got 2 that"),
+    (lambda: etr.variance_budgets(ones(2, 4), -0.5), "elasticity >= 0, got -0.5"),
+    (lambda: etr.variance_budgets(ones(2, 4), math.nan), "finite elasticity >= 0, got nan"),
+    (lambda: bounds(ones(2, 4), elasticity=-1), "elasticity >= 0, got -1"),
+    (lambda: bounds(ones(2, 4), elasticity=math.inf), "finite elasticity >= 0, got inf"),
+    (lambda: bounds(ones(8)), r"advantages of shape \(P, G\), got \(8,\)"),
+    (lambda: bounds(ones(2, 4), ones(3)), r"one budget per prompt, shape \(2,\), got \(3,\)"),
+    (lambda: bounds(ones(2, 4) * math.nan), "finite advantages"),
+    (lambda: bounds(ones(2, 4), ones(2) * math.inf), "finite budgets >= 0"),
+    (lambda: bounds(ones(2, 4), -ones(2)), "finite budgets >= 0"),
+    (lambda: bounds(ones(2, 4), clip_low=-0.1), "clip_low, clip_high >= 0 .* got -0.1, 0.2, 3.0"),
+    (lambda: bounds(ones(2, 4), clip_high=-0.1), "clip_low, clip_high >= 0 .* got 0.2, -0.1, 3.0"),
+    (lambda: bounds(ones(2, 4), scale_max=0.0), "scale_max > 0, got 0.2, 0.2, 0.0"),
+    (lambda: bounds(ones(2, 4), clip_low=0.25, scale_max=4.0), r"clip_low \* scale_max < 1, got 0.25 \* 4.0 = 1"),
+    (lambda: loss_with(old_logprobs=ones(4, 5)), r"one shape \(B, T\), got \(4, 6\), \(4, 5\), \(4, 6\)"),
+    (lambda: loss_with(mask=ones(4, 1)), r"one shape \(B, T\), got \(4, 6\), \(4, 6\), \(4, 1\)"),
+    (lambda: loss_with(logprobs=ones(4), old_logprobs=ones(4), mask=ones(4)), r"one shape \(B, T\), got \(4,\)"),
+    (lambda: loss_with(advantages=ones(4, 6)), r"advantages of shape \(4,\) .* got \(4, 6\), \(4,\), \(4,\)"),
+    (lambda: loss_with(low=ones(2, 2)), r"that shape or floats, got \(4,\), \(2, 2\), \(4,\); flatten"),
+    (lambda: loss_with(high=ones(6)), r"that shape or floats, got \(4,\), \(4,\), \(6,\)"),
+    (lambda: loss_with(mask=torch.zeros(4, 6)), "at least one completion token, got an empty one"),
+    (lambda: loss_with(denominator=0), "positive denominator, got 0"),
+    (lambda: loss_with(denominator=torch.tensor(-3)), "positive denominator, got -3"),
+])
+def test_bad_input_raises_a_value_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# The file itself
+
+def python(*args, cwd):
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
+def test_docstring_examples_run():
+    result = doctest.testmod(etr)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_the_two_marked_lines_are_all_that_differs_from_grpo():
+    source, macro = re.subn(r"return .*# ETR: .*", "return torch.ones_like(variance)", Path(etr.__file__).read_text())
+    source, micro = re.subn(r"scale = .*# ETR: .*", "scale = torch.ones_like(advantages)", source)
+    assert macro == micro == 1 and "# ETR:" not in source
+    exec(source, without := {"__name__": "etr_without_its_two_lines"})
+    rules = torch.tensor([[radii.tolist() for radii in pair] for pair in without["bounds_by_pass_rate"](8)[1].values()])
+    grpo = torch.stack(etr.bounds_by_pass_rate(8)[1]["GRPO"])
+    assert len(rules) == 4 and torch.equal(rules.nan_to_num(), grpo.nan_to_num().expand(4, 2, 9))
+
+
+def test_import_loads_torch_and_the_standard_library_only():
+    code = ("import sys, torch; before = set(sys.modules); import etr; "
+            "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)")
+    assert python("-c", code, cwd=Path(etr.__file__).parent).strip() == "{'etr'}"
+
+
+def test_python_etr_prints_the_table_and_saves_the_picture(tmp_path):
+    out = python(etr.__file__, cwd=tmp_path)
+    lines = [line.replace("|", " ").split() for line in out.splitlines()]
+    table = {cells[0]: cells[1:] for cells in lines if cells and cells[0].isdigit()}
+    assert list(table) == [str(k) for k in range(9)]
+    # k = 1 of 8: advantages sqrt(7) and -1/sqrt(7), budget 42/72, radii 0.2 x (1, |A|, sqrt(budget), |A| sqrt(budget)), + and -
+    assert table["1"] == "+2.65 -0.38 0.58 +0.20 -0.20 +0.53 -0.08 +0.15 -0.15 +0.40 -0.06".split()
+    picture = (tmp_path / "plots" / "bounds.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
 # ------------------------------------------------------------------------------------------------ train_small.py: the parts
@@ -294,7 +666,7 @@ def test_hostile_answers_earn_nothing_and_take_no_time(task):
             started = time.perf_counter()
             assert ts.grade(task, text, "12") == 0.0 or text.endswith("\n#### 12") and task == "gsm8k", text[:60]
             assert ts.grade(task, text, "\\frac{x}{12}" if task == "math" else "0.5") == 0.0, text[:60]
-            assert time.perf_counter() - started < 4, text[:60]  # two answers
+            assert time.perf_counter() - started < 10, text[:60]  # a hang, not a slow machine: the limit itself is a second of CPU
     children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True).stdout
     assert children.count("math_verify") <= 1
 

@@ -294,7 +294,7 @@ GROUP = r"\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
 def clean(text):
     """Answer text without the mark-up that does not change its value."""
     for pattern, new in ((r"[\u2212\u2013]", "-"), (r"\\[dt]frac", r"\\frac"), (r"\\(?:left|right)(?![a-z])", ""),
-                         (r"\\!\s*|\\,|\\;|\\\(|\\\)|\\\[|\\\]|`", ""), (r"\{,\}", ","), (r"(?<!\\)\\ |~", " "), (r"\\%", "%"),
+                         (r"\s*\\!\s*|\\,|\\;|\\\(|\\\)|\\\[|\\\]|`", ""), (r"\{,\}", ","), (r"(?<!\\)\\ |~", " "), (r"\\%", "%"),
                          (r"(?<![0-9A-Za-z])\*\*(.+?)\*\*(?![0-9A-Za-z])", r"\1"), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
                          (r"(?<![0-9])\\?[$€£]|\\?[$€£](?![0-9])", ""),
                          (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1")):
@@ -345,53 +345,41 @@ def grade_number(completion, gold):
         stated = [last_boxed(part) or "" for part in re.split(r"(?=\\boxed)", completion) if part.startswith("\\boxed")]
     if not stated:
         stated = re.findall(r"(?i)\banswer\s*(?:is|:|=)\s*:?([^\n]*)", completion)
-    values = {parse_number(text) for text in stated}
-    return float(values == {parse_number(gold)} and None not in values)
+    expected = parse_number(gold)
+    return float(expected is not None and bool(stated) and all(parse_number(text) == expected for text in set(stated)))
 
 
-# math-verify runs in a process of its own that a timer ends: inside one, a tower of powers cannot be interrupted.
+# math-verify runs in a process of its own, which forks for each question: a tower of powers can only be stopped by ending it.
 MATH_WORKER = """
-import json, logging, resource, signal, sys
+import json, logging, os, resource, signal, sys
 logging.disable(logging.CRITICAL)
 from math_verify import LatexExtractionConfig, parse, verify
-resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 config = [LatexExtractionConfig(boxed_match_priority=0)]
 latex = lambda text: parse("$" + text + "$", extraction_config=config, parsing_timeout=None)
 verify(latex("1"), latex("1"), timeout_seconds=None)  # its first call loads much of sympy
 for line in sys.stdin:
-    gold, answer = json.loads(line)
-    signal.setitimer(signal.ITIMER_PROF, 0.7)
-    try:
-        equal = verify(latex(gold), latex(answer), timeout_seconds=None)
-    except Exception:
-        equal = False
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    print(int(equal), flush=True)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        signal.setitimer(signal.ITIMER_PROF, 1.0)  # seconds of CPU, so that the verdict does not depend on who else is busy
+        gold, answer = json.loads(line)
+        os._exit(0 if verify(latex(gold), latex(answer), timeout_seconds=None) else 1)
+    print(int(os.waitpid(child, 0)[1] == 0), flush=True)
 """
 math_worker = None
 
 
-def start_math_worker():
-    global math_worker
-    math_worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is not for it
-
-
 def math_verify_equal(gold, answer):
-    """math-verify's verdict on two LaTeX answers; False after 0.7 seconds of CPU or 4 GiB, whatever the answer holds."""
+    """math-verify's verdict on two LaTeX answers; False after a second of CPU or 4 GiB, whatever the answer holds."""
+    global math_worker
     if math_worker is None:
-        start_math_worker()
+        math_worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is not for it
     try:
-        math_worker.stdin.write(json.dumps([gold, answer]) + "\n")
-        math_worker.stdin.flush()
-        verdict = math_worker.stdout.readline()
-    except BrokenPipeError:
-        verdict = ""
-    if not verdict:  # the limits ended it; the next one loads sympy while we go on
-        math_worker.kill()
-        math_worker.wait()
-        start_math_worker()
-    return verdict == "1\n"
+        print(json.dumps([gold, answer]), file=math_worker.stdin, flush=True)
+        return math_worker.stdout.readline() == "1\n"
+    except BrokenPipeError:  # it did not even start
+        return False
 
 
 def grade_math(completion, gold):
@@ -520,7 +508,7 @@ def prefill(model, prompts, repeats):
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left, so positions must not count it
     cache = transformers.DynamicCache(config=model.config)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
                               use_cache=True).last_hidden_state[:, -1]
     rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), torch.tensor(repeats, device=device))
     cache.batch_select_indices(rows)
@@ -565,7 +553,7 @@ def sample(model, prompts, group_size, max_new_tokens, stop, rng, temperature=1.
                 cache.batch_select_indices(keep)
                 rows, token, attention, alive = rows[keep], token[keep], attention[keep], alive[keep]
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
-            hidden = model.base_model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache, use_cache=True,
+            hidden = model.base_model(input_ids=token[:, None], attention_mask=attention, cache=cache, use_cache=True,
                                       position_ids=attention.sum(1, keepdim=True) - 1).last_hidden_state[:, -1]
     return Rollouts(*(x[:, :t + 1] for x in (tokens, mask, logprobs, entropies)))
 
@@ -594,7 +582,7 @@ def score(model, prompts, repeats, tokens, mask):
             attention = torch.cat([attention, torch.ones_like(tokens[:, 1:])], 1)  # padding on the right is never looked at
             positions = attention.sum(1, keepdim=True) - tokens.shape[1] + 1 + torch.arange(tokens.shape[1] - 1, device=tokens.device)
             rest = model.base_model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=positions,
-                                    past_key_values=cache, use_cache=True).last_hidden_state
+                                    cache=cache, use_cache=True).last_hidden_state
             states = torch.cat([states, rest], 1)  # the state at t predicts token t: no shift left to get wrong
     states, targets = states[mask], tokens[mask]
     slice_size = max(1, 2**25 // model.get_output_embeddings().weight.shape[0])  # at most 128 MiB of fp32 logits
