@@ -875,3 +875,216 @@ def test_a_real_task_runs_with_a_model_and_data_from_folders(tmp_path):
                         "--steps", "2", "--prompts-per-step", "4", "--group-size", "2", "--max-new-tokens", "3", "--eval-problems", "4",
                         "--warmup-steps", "1", "--device", "cpu", "--out", str(out)]) == 0
         assert len(lines_of(out / "etr-seed0")) == 3
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_readme_example_runs():
+    namespace = {}
+    exec(blocks("python")[0], namespace)
+    assert namespace["logprobs"].grad.abs().sum() > 0 and namespace["stats"]["clip_fraction"] > 0
+
+
+def test_the_readme_diff_turns_grpo_into_etr():
+    diff, = blocks("diff")
+    logprobs, old_logprobs, *_ = example(8, 12)
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 1]], dtype=torch.float64)
+    budgets = etr.variance_budgets(rewards)
+    bounds = {"+": etr.elastic_clip_bounds(etr.group_advantages(rewards), budgets), "-": torch.full((2, 2, 4), 0.2, dtype=torch.float64)}
+    for sign, other in ("+-", "-+"):
+        code = "\n".join(line[2:] for line in diff.splitlines() if line[0] != other)
+        namespace = dict(torch=torch, rewards=rewards, logprobs=logprobs.view(2, 4, 12).permute(2, 0, 1),
+                         old_logprobs=old_logprobs.view(2, 4, 12).permute(2, 0, 1))
+        exec(code, namespace)
+        ours, _ = etr.surrogate_loss(logprobs, old_logprobs, etr.group_advantages(rewards).flatten(), *(x.flatten() for x in bounds[sign]),
+                                     torch.ones(8, 12))
+        torch.testing.assert_close(namespace["loss"].mean(), ours)
+
+
+def test_the_readme_table_is_what_etr_prints(tmp_path):
+    printed = subprocess.run([sys.executable, str(ROOT / "etr.py")], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    table, = blocks("text")
+    assert table.strip("\n") in printed and len(table.splitlines()) == 10
+
+
+def test_the_readme_names_commands_flags_tests_and_files_that_exist():
+    commands = re.findall(r"python train_small\.py([^`\n|#]*)", README)
+    assert len(commands) >= 5
+    for command_line in commands:
+        ts.parse_args(command_line.split())
+    options = {option for line in commands + re.findall(r"`(--[a-z-]+)", README) for option in re.findall(r"--[a-z-]+", line)}
+    assert options <= set(re.findall(r"--[a-z-]+", (ROOT / "train_small.py").read_text()))
+    names = [name for name in globals() if name.startswith("test_")]
+    for start in re.findall(r"`(test_\w+?)(?:\.\.\.)?`", README):
+        assert any(name.startswith(start) for name in names), start
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"(?:python|`)\s*((?:plots/)[\w.]+)", README):
+        assert (ROOT / path).exists(), path
+
+
+# Past one GPU: the two code blocks
+
+def run_block(package):
+    """The namespace left by the README's code block that imports the package."""
+    code, = (block for block in blocks("python") if re.search(rf"^(import|from) {package}\b", block, re.M))
+    namespace = {}
+    exec(compile(code, f"README.md, {package}", "exec"), namespace)
+    return namespace
+
+
+def reward(completion):
+    return float(completion[0] % 4)
+
+
+def checked(trainer_class):
+    """A trainer that compares each optimiser step's gradient, over all micro-batches and processes, with etr.surrogate_loss's.
+
+    Its bounds are computed anew: by prompt, in no order, with sigma cancelled.
+    """
+    from accelerate.utils import gather_object
+    tokens = lambda batch, name: [
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"])]
+
+    class Checked(trainer_class):
+        window, clipped = [], 0.0
+
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            everyone = gather_object(list(zip(tokens(batch, "prompt"), tokens(batch, "completion"))))
+            self.rewards = {prompt: torch.tensor([reward(y) for x, y in everyone if x == prompt]) for prompt, _ in everyone}
+            self.mean_variance = torch.stack([x.var(correction=0) for x in self.rewards.values() if x.var() > 0]).mean()
+            self.groups_are_split = len(inputs) < self.num_generations * len(set(tokens(batch, "prompt")))
+            share = self.args.gradient_accumulation_steps / self.args.steps_per_generation
+            self.denominator = sum(len(completion) for _, completion in everyone) * share
+            return batch
+
+        def _compute_loss(self, model, inputs):
+            loss = super()._compute_loss(model, inputs)
+            self.window = self.window + [(inputs, loss.item())]
+            return loss
+
+        def training_step(self, model, *args):
+            result = super().training_step(model, *args)
+            if self.accelerator.sync_gradients:  # the optimiser steps next
+                self.compare(list(self.accelerator.unwrap_model(model).parameters()), gather_object(self.window))
+                self.window = []
+            return result
+
+        def compare(self, parameters, window):
+            total = 0.0
+            for inputs, _ in window:
+                centered = torch.stack([reward(completion) - self.rewards[prompt].mean() for prompt, completion in zip(
+                    tokens(inputs, "prompt"), tokens(inputs, "completion"))])
+                scale = (centered.abs() / self.mean_variance.sqrt()).clamp(max=3.0)
+                ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+                start = inputs["prompt_ids"].shape[1]
+                logprobs = self.accelerator.unwrap_model(self.model)(ids, mask).logits[:, start - 1:-1].log_softmax(-1)
+                loss, stats = etr.surrogate_loss(
+                    logprobs.gather(2, ids[:, start:, None])[..., 0], inputs["old_per_token_logps"], inputs["advantages"],
+                    0.2 * scale, 0.28 * scale, mask[:, start:], self.denominator)
+                total, self.clipped = total + loss, max(self.clipped, stats["clip_fraction"].item())
+            reference = torch.cat([x.flatten() for x in torch.autograd.grad(total, parameters)])
+            gradient = torch.cat([x.grad.flatten() for x in parameters])
+            assert (gradient - reference).norm() < 1e-5 * reference.norm()
+            assert sum(loss for _, loss in window) / self.accelerator.num_processes == pytest.approx(total.item(), abs=1e-5)
+
+    return Checked
+
+
+def train_with_trl(out, trainer_class, **options):
+    """Six optimiser steps of a tiny random model; the reward depends on a completion's first token. Returns the trainer."""
+    import datasets
+    import tokenizers
+    import trl
+    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+    trainer = trainer_class(
+        model, lambda completion_ids, **unused: [reward(ids) for ids in completion_ids],
+        args=trl.GRPOConfig(
+            output_dir=str(out), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, max_grad_norm=0.0, learning_rate=0.03, lr_scheduler_type="constant", epsilon_high=0.28,
+            per_device_train_batch_size=2, num_generations=4, max_completion_length=6, max_steps=6, **options),
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"{x} {y}"} for x in "abcd" for y in "efgh"]),
+        processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"))
+    trainer.train()
+    return trainer
+
+
+NO_TRL = "TRL is not installed, so the README's TRL block was NOT run: pip install trl"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 6, "num_iterations": 2},
+                                     {"gradient_accumulation_steps": 2, "steps_per_generation": 6}], ids=["iterations", "steps"])
+def test_etr_in_trl_has_the_gradient_of_etr_and_without_elasticity_is_trl_bit_for_bit(options, tmp_path):
+    trl = pytest.importorskip("trl", reason=NO_TRL)
+    elastic = run_block("trl")["ETRTrainer"]
+    constant = type("Constant", (elastic,), {"micro": 0.0, "macro": 0.0})
+    trainers = [train_with_trl(tmp_path, trainer, **options) for trainer in (checked(elastic), constant, trl.GRPOTrainer)]
+    weights = [torch.cat([x.detach().flatten() for x in trainer.model.parameters()]) for trainer in trainers]
+    assert trainers[0].clipped > 0.05
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[2])
+
+
+def test_etr_in_trl_with_groups_split_over_two_processes(tmp_path):
+    pytest.importorskip("trl", reason=NO_TRL)
+    script = tmp_path / "two.py"
+    script.write_text(f"""if True:
+        import {Path(__file__).stem} as test
+        trainer_class = test.checked(test.run_block("trl")["ETRTrainer"])
+        trainer = test.train_with_trl("two", trainer_class, gradient_accumulation_steps=3, num_iterations=2)
+        print("processes", trainer.accelerator.num_processes, trainer.groups_are_split, trainer.clipped > 0.05)
+        """)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("processes 2 True True") == 2, done.stdout
+
+
+def test_etr_in_verl_equals_etr_and_without_elasticity_is_verl_bit_for_bit():
+    core_algos = pytest.importorskip(
+        "verl.trainer.ppo.core_algos", reason="verl is not installed, so the README's verl block was NOT run: pip install verl")
+    from verl.workers.config import ActorConfig
+    core_algos.ADV_ESTIMATOR_REGISTRY.pop("etr", None)
+    block = run_block("verl")
+    torch.manual_seed(0)
+    order = torch.randperm(26)  # six groups of 4, scattered, and two of the empty rows with which verl fills up a batch
+    scores = torch.randint(0, 4, (6, 4)).float()
+    index = np.array([f"prompt {i // 4}" for i in range(24)] + ["padding"] * 2, dtype=object)[order]
+    mask = ((torch.arange(7) < torch.randint(1, 8, (26, 1))) * (torch.arange(26) < 24)[:, None])[order]
+    rewards = torch.cat([scores.flatten(), torch.zeros(2)])[order, None] * torch.eye(7)[0]
+    old = -torch.rand(26, 7)
+    new = (old + 0.4 * torch.randn(26, 7)).requires_grad_()
+    config = ActorConfig(strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, clip_ratio_low=0.2, clip_ratio_high=0.28,
+                         clip_ratio_c=1e9, global_batch_info={"batch_num_tokens": mask.sum()})
+
+    def loss_and_gradient(estimator, mode):
+        advantages, _ = core_algos.get_adv_estimator_fn(estimator)(rewards, mask, index)
+        loss = sum(core_algos.get_policy_loss_fn(mode)(*rows, "token-mean", config)[0]
+                   for rows in zip(*(x.split(4) for x in (old, new, advantages, mask))))
+        return loss, *torch.autograd.grad(loss, new)
+
+    advantages = (scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-6)  # verl's, ddof 1
+    bounds = etr.elastic_clip_bounds(etr.group_advantages(scores), etr.variance_budgets(scores), 0.2, 0.28)
+    ours, stats = etr.surrogate_loss(
+        new, old, *(torch.cat([x.flatten(), torch.zeros(2)])[order] for x in (advantages, *bounds)), mask)
+    loss, gradient = loss_and_gradient("etr", "etr")
+    assert loss.item() == pytest.approx(ours.item(), abs=1e-6) and stats["clip_fraction"] > 0.05
+    torch.testing.assert_close(gradient, *torch.autograd.grad(ours, new), rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="expected float64 advantages"):
+        loss_and_gradient("grpo", "etr")
+    block["etr_advantages"].__globals__.update(MICRO=0.0, MACRO=0.0)
+    assert all(map(torch.equal, loss_and_gradient("etr", "etr"), loss_and_gradient("grpo", "vanilla")))
