@@ -365,7 +365,9 @@ for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
         signal.setitimer(signal.ITIMER_PROF, 1.0)  # seconds of CPU, so that the verdict does not depend on who else is busy
         gold, answer = json.loads(line)
-        os._exit(0 if verify(latex(gold), latex(answer), timeout_seconds=None) else 1)
+        # Twelve decimals, because six would take 3.141593 for pi; relations as sets, so that x <= 3 is (-infinity, 3].
+        os._exit(not verify(latex(gold), latex(answer), float_rounding=12, numeric_precision=30, allow_set_relation_comp=True,
+                            timeout_seconds=None))
     print(int(os.waitpid(child, 0)[1] == 0), flush=True)
 """
 math_worker = None
@@ -403,8 +405,11 @@ def grade_math(completion, gold):
     if base.search(strip(gold)):
         return float(not base.search(strip(answer)) and base.sub("", strip(gold)) == strip(answer)
                      or re.sub(r"[{}]", "", strip(gold)) == re.sub(r"[{}]", "", strip(answer)))
-    if answer.count("=") > gold.count("=") or strip(gold)[:1] in ("(", "[") and "," in gold and strip(answer)[:1] != strip(gold)[:1]:
-        return 0.0  # math-verify would take x=13=12 for 12, and the set {3, 4} for the point (3, 4)
+    relation, ordered = re.compile(r"[<>]|\\[lg]eq?(?![a-z])"), re.compile(r"[(\[].*,.*[)\]]", re.S)
+    both = clean(gold), clean(answer)
+    # math-verify would take x=13=12 for 12, and the set {3, 4} for the point (3, 4).
+    if answer.count("=") > gold.count("=") or len({bool(ordered.search(x)) for x in both if not relation.search(x)}) > 1:
+        return 0.0
     return float(math_verify_equal(gold, answer))
 
 

@@ -274,35 +274,41 @@ def alone(work, *args):
         return pool.apply(work, args)
 
 
-def loss_cost(vocabulary, whole, threads):
-    """(seconds, bytes above what the model takes) of loss and gradient for 32 x 256 tokens: layers are few, the head is real."""
+def loss_cost(vocabulary, whole, threads, length):
+    """(seconds, bytes above what the model takes) of loss and gradient for 32 completions. The model has no layers: only a head."""
     torch.set_num_threads(threads)
-    setup = random_model("", threads, 4, 8, (8, 8), math.inf, 256, vocab_size=vocabulary, hidden_size=576, intermediate_size=576,
-                         num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3)
-    tokens, mask = torch.randint(2, vocabulary, (32, 256)), torch.ones(32, 256, dtype=torch.bool)
-    prompts, A = [problem.prompt for problem in setup.problems], torch.linspace(-1, 1, 32)
+    setup = random_model("", threads, 4, 8, (8, 8), math.inf, length, vocab_size=vocabulary, hidden_size=576, intermediate_size=576,
+                         num_hidden_layers=0, num_attention_heads=9)
+    setup.args.micro_batch_tokens = 10**9
+    prompts = [problem.prompt for problem in setup.problems for _ in range(8)]
+    tokens, mask = torch.randint(2, vocabulary, (32, length)), torch.ones(32, length, dtype=torch.bool)
+    A, old = torch.linspace(-1, 1, 32), torch.full((32, length), -math.log(vocabulary))
     for parameter in setup.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+
+    def backward(logprobs, i):
+        etr.surrogate_loss(logprobs, old[i], A[i], 0.2, 0.2, mask[i], denominator=mask.sum())[0].backward()
+
     before, started = peak_memory(), time.perf_counter()
     if whole:
-        ids = torch.cat([torch.tensor(prompts).repeat_interleave(8, 0), tokens], 1)
-        logits = setup.model(input_ids=ids).logits[:, 7:-1]
-        logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        hidden = setup.model.base_model(torch.cat([torch.tensor(prompts), tokens], 1)).last_hidden_state[:, 7:-1]
+        logprobs = setup.model.get_output_embeddings()(hidden).log_softmax(-1)
+        backward(logprobs.gather(-1, tokens[..., None])[..., 0], torch.arange(32))
     else:
-        logprobs = ts.score(setup.model, prompts, [8] * 4, tokens, mask)
-    etr.surrogate_loss(logprobs, logprobs.detach(), A, 0.2, 0.2, mask)[0].backward()
+        for i, logprobs in ts.score_in_pieces(setup.args, setup.model, prompts, range(32), tokens, mask):
+            backward(logprobs, i)
     return time.perf_counter() - started, peak_memory() - before
 
 
-def losses(threads):
+def losses(threads, length=256):
     for vocabulary in (49152, 151936):
         results = {True: [], False: []}
         for _ in range(LOSS_REPEATS if vocabulary < 1e5 else 1):
             for whole in results:
-                results[whole].append(alone(loss_cost, vocabulary, whole, threads))
+                results[whole].append(alone(loss_cost, vocabulary, whole, threads, length))
         time_of, memory = ({whole: statistics.median(r[i] for r in results[whole]) for whole in results} for i in (0, 1))
         model, n = f"V={vocabulary}", len(results[True])
-        row("loss", model, "memory, ours (32 x 256 tokens)", memory[False] / 2**30, "GiB", memory[False] / memory[True], "<= 0.067", threads, n)
+        row("loss", model, f"memory, ours (32 x {length} tokens)", memory[False] / 2**30, "GiB", memory[False] / memory[True], "<= 0.067", threads, n)
         row("loss", model, "memory, whole logits", memory[True] / 2**30, "GiB", 1.0, "", threads, n)
         row("loss", model, "time, ours", time_of[False], "s", time_of[False] / time_of[True], "<= 1", threads, n, spread([r[0] for r in results[False]]))
         row("loss", model, "time, whole logits", time_of[True], "s", 1.0, "", threads, n, spread([r[0] for r in results[True]]))

@@ -73,9 +73,10 @@ def counting_loss(logprobs, old_logprobs, advantages, low, high, mask, denominat
 
     Most tokens of the task are certain, whatever the policy does; their ratio stays 1 and dilutes the clip fraction.
     """
-    ratio, A, open_ = (logprobs - old_logprobs).exp().detach(), advantages[:, None], mask & (old_logprobs < np.log(0.9))
-    below, above = etr.clipped_tokens(ratio, A, low[:, None], high[:, None])
-    undecided.update(tokens=int((open_ & (A != 0)).sum()), clipped=int(((below | above) & open_).sum()), all=int((mask & (A != 0)).sum()))
+    A, mask_A = advantages[:, None], mask & (advantages != 0)[:, None]
+    below, above = etr.clipped_tokens((logprobs - old_logprobs).exp(), A, low[:, None], high[:, None])
+    open_ = mask_A & (old_logprobs < np.log(0.9))
+    undecided.update(all=int(mask_A.sum()), tokens=int(open_.sum()), clipped=int(((below | above) & open_).sum()))
     return surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator)
 
 
@@ -86,15 +87,16 @@ train_small.draw = train_small.print_table = lambda *_: None  # the pictures of 
 
 RUNS = PLOTS.parent / "runs/evidence"
 SETTING = (32, 8, 16, 2e-4)  # prompts in a batch, completions of each, updates per batch, learning rate
-REGIMES = [(16, 8, 16, 1e-4), (16, 8, 16, 2e-4), (16, 16, 8, 3e-4), (32, 8, 8, 3e-4), (32, 8, 8, 6e-4), (32, 8, 16, 1e-4), SETTING,
-           (32, 8, 16, 3e-4), (32, 8, 32, 1e-4), (32, 8, 32, 2e-4)]
+REUSE = (32, 8, 32, 2e-4)
+REGIMES = [(16, 8, 16, 1e-4), (16, 8, 16, 2e-4), (16, 16, 8, 3e-4), (32, 8, 8, 3e-4), (32, 8, 8, 6e-4), (32, 8, 16, 1e-4),
+           SETTING, (32, 8, 16, 3e-4), (32, 8, 32, 1e-4), REUSE]
 Stage = namedtuple("Stage", "seeds steps eval_every settings arms")
 STAGES = {
     "regimes": Stage([100], 20, 10, REGIMES, ["grpo"]),
     "map": Stage([100, 101], 24, 6, [SETTING], ["grpo", "etr", "fixed-0.4", "micro", "macro", *FORMS, "fixed-0.1",
                                                      *(name for name in POWERS.values() if name.startswith("power"))]),
     "final": Stage([*range(10)], 30, 5, [SETTING], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.4"]),
-    "reuse": Stage([*range(5)], 20, 5, [(32, 8, 32, 2e-4)], ["grpo", "etr", "fixed-0.1", "fixed-0.4"]),
+    "reuse": Stage([*range(5)], 20, 5, [REUSE], ["grpo", "etr", "fixed-0.1", "fixed-0.4"]),
 }
 
 
@@ -113,10 +115,10 @@ def train(stage, setting, arm, seed):
         if (RUNS / "warm" / name).exists():
             shutil.copy(RUNS / "warm" / name, out)
     undecided.clear()
-    options = dict(zip(("prompts-per-step", "group-size", "updates-per-step", "learning-rate"), setting), steps=STAGES[stage].steps, seed=seed,
-                   out=out, algos=arm)
-    options["eval-every"] = STAGES[stage].eval_every
-    code = train_small.main([f"--{name}={value}" for name, value in options.items()] + ["--resume"] * (out / "config.json").exists())
+    names = "prompts-per-step group-size updates-per-step learning-rate steps eval-every seed out algos".split()
+    values = *setting, STAGES[stage].steps, STAGES[stage].eval_every, seed, out, arm
+    resume = ["--resume"] * (out / "config.json").exists()
+    code = train_small.main([f"--{name}={value}" for name, value in zip(names, values)] + resume)
     if code:
         sys.exit(code)
     for name in shared:
@@ -157,18 +159,21 @@ def sample_16():
 # ------------------------------------------------------------------------------------------------------------------- csv
 
 def save_csv(name, rows):
-    if not rows:
-        return print(f"{name}.csv: no finished seed, left as it was")
+    short = lambda value: f"{value:.5g}" if isinstance(value, float) else value
     with open(PLOTS / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+        writer.writerows({key: short(value) for key, value in row.items()} for row in rows)
 
 
 def load_csv(name):
-    number = lambda text: float(text) if text.replace(".", "").replace("-", "").replace("e", "").isdigit() else text
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
     with open(PLOTS / f"{name}.csv", newline="") as file:
-        return [{key: number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def finished(stage):
@@ -182,47 +187,37 @@ def finished(stage):
                     yield setting, arm, seed, train_small.load_runs(out)[arm][seed], row, out
 
 
-def area(lines):
-    """Area under the validation pass@1 curve, divided by its length: the mean accuracy on the way."""
-    points = [(line["step"], line["eval_pass1"]) for line in lines if "eval_pass1" in line]
-    return float(np.trapezoid([y for _, y in points], [x for x, _ in points])) / points[-1][0]
-
-
 def collect():
-    save_csv("regimes", [dict(prompts=setting[0], group_size=setting[1], updates=setting[2], learning_rate=setting[3], arm=arm, seed=seed,
-                              pass1=row["pass1_after"], auc=area(lines), clip_fraction=row["clip_fraction_mean"], entropy=lines[-1]["entropy"])
-                         for setting, arm, seed, lines, row, _ in finished("regimes")])
-    save_csv("map", [dict(arm=arm, micro=ARMS[arm].micro, macro=ARMS[arm].macro, seed=seed, pass1=row["pass1_after"], auc=area(lines),
-                          clip_fraction=row["clip_fraction_mean"], radius=radius(lines)) for _, arm, seed, lines, row, _ in finished("map")])
     ends, curves, classes = [], [], []
-    for _, arm, seed, lines, row, out in finished("final"):
-        counts = json.loads((out / "undecided.json").read_text())
-        before, after = (json.loads(path.read_text()) if path.exists() else [] for path in (out / "pass16_before.json", out / "pass16.json"))
-        ends.append(dict(arm=arm, seed=seed, pass1=row["pass1_after"], greedy=row["greedy_after"], pass8=row["passk_after"], auc=area(lines),
-                         reward=float(np.mean([line["reward_mean"] for line in lines[1:]])),
-                         entropy=float(np.mean([line["entropy"] for line in lines[-5:]])), clip_fraction=row["clip_fraction_mean"],
-                         undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"], radius=radius(lines),
-                         seconds=row["seconds"], pass1_before=row["pass1_before"], greedy_before=row["greedy_before"],
-                         pass8_before=row["passk_before"], passk=" ".join(f"{x:.4f}" for x in after),
-                         passk_before=" ".join(f"{x:.4f}" for x in before)))
-        at = [line["step"] for line in lines if "eval_pass1" in line]
-        for last, step in zip([0, *at], at):
-            window = lines[last + 1:step + 1] or lines[:1]
-            curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"], greedy=lines[step]["eval_greedy"],
-                               reward=float(np.mean([line["reward_mean"] for line in window])),
-                               entropy=float(np.mean([line["entropy"] for line in window])),
-                               clip_fraction=float(np.mean([line["clip_fraction"] for line in window]))))
-        sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0) for name in train_small.BY_CORRECT}
-        classes += [dict(arm=arm, seed=seed, k=k, **{name: float(values[k]) for name, values in sums.items()})
-                    for k in range(1, len(sums["kl"]) - 1)]
-    for name, rows in (("final", ends), ("curves", curves), ("classes", classes)):
+    mean = lambda lines, name: float(np.mean([line[name] for line in lines]))
+    for stage in STAGES:
+        for setting, arm, seed, lines, row, out in finished(stage):
+            at = [line["step"] for line in lines if "eval_pass1" in line]
+            sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0)[1:-1] for name in train_small.BY_CORRECT}
+            counts = json.loads((out / "undecided.json").read_text())
+            passk = [json.loads(path.read_text()) if path.exists() else []
+                     for path in (out / "pass16_before.json", out / "pass16.json")]
+            ends.append(dict(
+                zip(("stage", "prompts", "group_size", "updates", "learning_rate"), (stage, *setting)), arm=arm, seed=seed,
+                # auc: area under the validation pass@1 curve divided by its length, so the mean accuracy on the way
+                auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
+                pass1_before=row["pass1_before"], greedy_before=row["greedy_before"], pass8_before=row["passk_before"],
+                pass1=row["pass1_after"], greedy=row["greedy_after"], pass8=row["passk_after"],
+                reward=mean(lines[1:], "reward_mean"), entropy=mean(lines[-5:], "entropy"), clip_fraction=row["clip_fraction_mean"],
+                undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
+                # root of the mean squared radius on the side that acts, over tokens of informative groups and updates
+                radius=float((sums["radius_squared"].sum() / (sums["tokens_right"] + sums["tokens_wrong"]).sum())**0.5),
+                seconds=row["seconds"], **{name: " ".join(f"{x:.4f}" for x in values)
+                                           for name, values in zip(("pass_1_to_16_before", "pass_1_to_16"), passk)}))
+            if stage == "final":
+                for last, step in zip([0, *at], at):
+                    window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
+                    curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
+                                       **{name: mean(window, name) for name in ("reward_mean", "entropy", "clip_fraction")}))
+                classes += [dict(arm=arm, seed=seed, k=k + 1, **{name: float(values[k]) for name, values in sums.items()})
+                            for k in range(len(sums["kl"]))]
+    for name, rows in (("ends", ends), ("curves", curves), ("classes", classes)):
         save_csv(name, rows)
-
-
-def radius(lines):
-    """Root of the mean squared clip radius on the side that acts, over the tokens of informative groups and all updates."""
-    sums = {name: np.sum([line["by_correct"][name][1:-1] for line in lines[1:]]) for name in train_small.BY_CORRECT}
-    return float((sums["radius_squared"] / (sums["tokens_right"] + sums["tokens_wrong"]))**0.5)
 
 
 # --------------------------------------------------------------------------------------------------------------- figures
@@ -236,18 +231,18 @@ def interval(values):
     return float(mean[0]), float(half[0])
 
 
-def by_seed(rows, arm, column):
-    return {row["seed"]: row[column] for row in rows if row["arm"] == arm}
+def column(rows, arm, name):
+    return {row["seed"]: row[name] for row in rows if row["arm"] == arm}
 
 
-def difference(rows, arm, column, against="grpo"):
-    """Paired difference in points (hundredths): (mean, half-width)."""
-    ours, theirs = by_seed(rows, arm, column), by_seed(rows, against, column)
-    return interval([100 * (ours[seed] - theirs[seed]) for seed in ours])
+def difference(rows, arm, name):
+    """Paired difference from GRPO in points (hundredths): (mean, half-width)."""
+    ours, grpo = column(rows, arm, name), column(rows, "grpo", name)
+    return interval([100 * (ours[seed] - grpo[seed]) for seed in ours])
 
 
 def say(mean, half, unit=" points"):
-    return f"{mean:+.1f} ± {half:.1f}{unit}"
+    return f"{mean:+.1f} ± {half:.1f}{unit}".replace("-", "−")
 
 
 def panel(axis, title, xlabel, ylabel):
@@ -260,13 +255,15 @@ def panel(axis, title, xlabel, ylabel):
 
 
 def label_ends(axis, ends):
-    """Labels lines at their right ends, {arm: (x, y)}, pushed apart where ends meet."""
+    """Names lines at their right ends, {arm: (x, y)}, beyond the last of them and pushed apart where ends meet."""
     bottom, top = axis.get_ylim()
-    at = -np.inf
+    at, edge = -np.inf, max(x for x, _ in ends.values())
     for arm, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = max(y, at + 0.065 * (top - bottom))
-        axis.annotate(arm, (x, at), xytext=(6, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13, weight="bold", va="center",
-                      annotation_clip=False)
+        at = max(y, at + 0.07 * (top - bottom))
+        if x < edge:
+            axis.plot([x, edge], [y, at], color=ARMS[arm].color, lw=1, ls=":")
+        axis.annotate(arm, (edge, at), xytext=(7, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13,
+                      weight="bold", va="center", annotation_clip=False)
 
 
 def save(figure, name, title, caption):
@@ -277,181 +274,158 @@ def save(figure, name, title, caption):
 
 
 def band(axis, arm, curves):
+    """Draws the mean and its 95 % band of one {x: y} per seed; returns the end of the line."""
     x, mean, half = train_small.mean_and_band(curves)
     axis.plot(x, mean, color=ARMS[arm].color, lw=2.5)
     axis.fill_between(x, mean - half, mean + half, color=ARMS[arm].color, alpha=0.18, lw=0)
     return x[-1], mean[-1]
 
 
-def over(rows, arm, x, y, factor=1):
+def over(rows, arm, x, y):
     """One {x: y} per seed."""
     curves = {}
     for row in rows:
         if row["arm"] == arm:
-            curves.setdefault(row["seed"], {})[row[x]] = factor * row[y]
+            curves.setdefault(row["seed"], {})[row[x]] = row[y]
     return list(curves.values())
 
 
-def draw_curves(ends, curves, n):
+def dots(axis, rows, arms, name, title):
+    """The paired difference of each arm from GRPO, with its interval; returns how many intervals exclude zero."""
+    for y, arm in enumerate(arms[::-1]):
+        mean, half = difference(rows, arm, name)
+        axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
+        axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=13,
+                      color=ARMS[arm].color)
+    axis.axvline(0, color="#000000", lw=1)
+    axis.margins(x=0.15)
+    panel(axis, title, "points against GRPO", "")
+    axis.set_yticks(range(len(arms)), arms[::-1])
+    axis.set_ylim(-0.5, len(arms) - 0.4)
+    return sum(abs(mean) > half for mean, half in (difference(rows, arm, name) for arm in arms))
+
+
+def draw_curves(rows, curves, n):
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for axis, column, title, ylabel in ((axes[0], "pass1", "Held-out accuracy", "pass@1"),
-                                        (axes[1], "entropy", "Policy entropy", "nats per token")):
-        last = {arm: band(axis, arm, over(curves, arm, "step", column)) for arm in ("grpo", "etr")}
+    panels = ("pass1", "Held-out accuracy", "pass@1"), ("entropy", "Policy entropy", "nats per token")
+    for axis, (name, title, ylabel) in zip(axes, panels):
+        ends = {arm: band(axis, arm, over(curves, arm, "step", name)) for arm in ("grpo", "etr")}
+        axis.set_ylim(0, None if name == "entropy" else 1)
         panel(axis, title, "step (rollout batch of 256)", ylabel)
-        label_ends(axis, last)
-    axes[1].set_ylim(0)
-    save(figure, "curves", f"ETR − GRPO at the end: {say(*difference(ends, 'etr', 'pass1'))} of pass@1",
+        label_ends(axis, ends)
+    save(figure, "curves", f"ETR against GRPO at the end: {say(*difference(rows, 'etr', 'pass1'))} of pass@1",
          f"{n} paired seeds, bands: 95 % t-interval of the mean")
 
 
-def draw_differences(ends, n):
-    arms = [arm for arm in STAGES["final"].arms[::-1] if arm != "grpo"]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 5.2), sharey=True, layout="constrained")
-    columns = (("pass1", "pass@1 at the end"), ("auc", "mean pass@1 on the way"), ("greedy", "greedy at the end"))
-    better = 0
-    for axis, (column, title) in zip(axes, columns):
-        for y, arm in enumerate(arms):
-            mean, half = difference(ends, arm, column)
-            better += mean > half
-            axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
-            axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=12,
-                          color=ARMS[arm].color)
-        axis.axvline(0, color="#000000", lw=1)
-        panel(axis, title, "points against GRPO", "")
-        axis.set_yticks(range(len(arms)), arms)
-        axis.set_ylim(-0.5, len(arms) - 0.3)
-    save(figure, "differences", f"{better} of {3 * len(arms)} differences from GRPO are above their 95 % interval",
-         f"{n} paired seeds, bars: 95 % t-interval of the paired difference, not corrected for {3 * len(arms)} comparisons")
-
-
-def entropy_at(curves, arm, level):
-    """{seed: entropy when the sampled accuracy first is `level`}, between the windows of training steps."""
-    found = {}
-    for seed in {row["seed"] for row in curves}:
-        path = [(row["reward"], row["entropy"]) for row in curves if row["arm"] == arm and row["seed"] == seed]
-        for (r0, e0), (r1, e1) in zip(path, path[1:]):
-            if r0 < level <= r1:
-                found[seed] = e0 + (e1 - e0) * (level - r0) / (r1 - r0)
-                break
-    return found
+def draw_differences(rows, n, name, arms, what):
+    figure, axes = plt.subplots(1, 3, figsize=(11, 1.6 + 0.75 * len(arms)), sharey=True, layout="constrained")
+    titles = dict(pass1="pass@1 at the end", auc="mean pass@1 on the way", greedy="greedy at the end")
+    clear = sum(dots(axis, rows, arms, column, title) for axis, (column, title) in zip(axes, titles.items()))
+    save(figure, name, f"{what}: {clear} of {3 * len(arms)} differences from GRPO exceed their interval",
+         f"{n} paired seeds, 95 % t-intervals of the paired difference, not corrected for {3 * len(arms)} comparisons")
 
 
 def draw_trade(curves, n):
-    best = [max(row["reward"] for row in curves if (row["arm"], row["seed"]) == key) for key in {(row["arm"], row["seed"]) for row in curves}]
-    level = np.floor(min(best) * 20) / 20  # a round accuracy that every run reached
     figure, axis = plt.subplots(figsize=(10, 5.6), layout="constrained")
-    last = {}
-    for arm in STAGES["final"].arms:
-        reward, entropy = (train_small.mean_and_band(over(curves, arm, "step", column))[1] for column in ("reward", "entropy"))
-        axis.plot(reward[1:], entropy[1:], "o-", color=ARMS[arm].color, lw=2.5, ms=5)
-        last[arm] = reward[-1], entropy[-1]
-    panel(axis, "", "accuracy of the sampled rollouts (means of 5 steps)", "entropy (nats per token)")
-    label_ends(axis, last)
-    ours, theirs = (entropy_at(curves, arm, level) for arm in ("etr", "grpo"))
-    mean, half = interval([1000 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs])
-    axis.axvline(level, color=GREY, ls="--", lw=1.5)
-    save(figure, "trade", f"At accuracy {level:.2f}: ETR − GRPO {say(mean, half, ' millinats')} of entropy per token",
-         f"means over {n} paired seeds; the first window reaches from the warm start to step 5")
+    runs = {(row["arm"], row["seed"]): [] for row in curves}
+    for row in curves:
+        runs[row["arm"], row["seed"]].append((row["reward_mean"], row["entropy"]))
+    level = np.floor(20 * min(max(run)[0] for run in runs.values())) / 20  # a round accuracy that every run reaches
+    entropy = {arm: {} for arm in STAGES["final"].arms}
+    for (arm, seed), run in runs.items():
+        i = next(i for i, (reward, _) in enumerate(run) if reward >= level)
+        (r0, e0), (r1, e1) = run[max(i - 1, 0)], run[max(i, 1)]
+        entropy[arm][seed] = e0 + (e1 - e0) * (level - r0) / (r1 - r0)
+    ends = {}
+    for arm in entropy:
+        path = np.mean([run for (name, _), run in runs.items() if name == arm], 0)
+        axis.plot(*path.T, "o-", color=ARMS[arm].color, lw=2.5 if arm in ("grpo", "etr") else 1.5, ms=5)
+        ends[arm] = tuple(path[-1])
+    panel(axis, "", "accuracy of the rollouts", "entropy (nats per token)")
+    label_ends(axis, ends)
+    mean, half = interval([1000 * (entropy["etr"][seed] - entropy["grpo"][seed]) for seed in entropy["grpo"]])
+    save(figure, "trade", f"At accuracy {level:.2f}, ETR against GRPO: {say(mean, half, 'e-3 nats')} of entropy",
+         f"warm start and means of 5 steps, over {n} paired seeds; interval: 95 % t")
 
 
-def draw_pass_at_k(ends, n):
-    rows = [row for row in ends if row["passk"]]
-    if not rows:
-        return
+def draw_pass_at_k(rows):
+    curve = lambda arm, name: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, name).items() if text}
+    grpo, ks = curve("grpo", "pass_1_to_16"), range(1, 17)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    split = lambda text: [float(x) for x in str(text).split()]
-    arms = [arm for arm in STAGES["final"].arms if any(row["arm"] == arm for row in rows)]
-    curve = lambda arm, column: {row["seed"]: split(row[column]) for row in rows if row["arm"] == arm}
-    ks = range(1, 17)
-    grpo, last, gaps = curve("grpo", "passk"), {}, {}
-    for arm in arms:
-        last[arm] = band(axes[0], arm, [dict(zip(ks, values)) for values in curve(arm, "passk").values()])
+    ends, gaps = {}, {}
+    for arm in ("grpo", "etr", "fixed-0.4"):
+        curves = curve(arm, "pass_1_to_16")
+        ends[arm] = band(axes[0], arm, [dict(zip(ks, values)) for values in curves.values()])
         if arm != "grpo":
-            gaps[arm] = band(axes[1], arm, [{k: 100 * (values[k - 1] - grpo[seed][k - 1]) for k in ks}
-                                            for seed, values in curve(arm, "passk").items()])
-    before = np.mean(list(curve("grpo", "passk_before").values()), 0)
+            gaps[arm] = band(axes[1], arm, [dict(zip(ks, 100 * (values - grpo[seed]))) for seed, values in curves.items()])
+    before = np.mean(list(curve("grpo", "pass_1_to_16_before").values()), 0)
     axes[0].plot(ks, before, color=GREY, lw=2, ls="--")
-    axes[0].text(16, before[-1] - 0.04, "warm start", color=GREY, fontsize=13, ha="right", va="top")
+    axes[0].text(9, before[8] - 0.03, "warm start", color=GREY, fontsize=13, va="top")
+    axes[0].set_ylim(0, 1)
     axes[1].axhline(0, color="#000000", lw=1)
     panel(axes[0], "After training", "k samples", "pass@k")
     panel(axes[1], "Paired difference", "k samples", "points against GRPO")
-    label_ends(axes[0], last)
+    label_ends(axes[0], ends)
     label_ends(axes[1], gaps)
-    mean, half = interval([100 * (values[-1] - grpo[seed][-1]) for seed, values in curve("etr", "passk").items()])
-    save(figure, "pass_at_k", f"pass@16, ETR − GRPO: {say(mean, half)}", f"{n} paired seeds, 200 test problems, 16 samples each, 95 % t-intervals")
+    gap = interval([100 * (values[-1] - grpo[seed][-1]) for seed, values in curve("etr", "pass_1_to_16").items()])
+    save(figure, "pass_at_k", f"ETR against GRPO: {say(*gap)} of pass@16",
+         f"{len(grpo)} paired seeds, 200 test problems, 16 samples of each, bands: 95 % t-interval")
 
 
 def draw_mechanism(classes, n):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    total = lambda arm, column, k: sum(row[column] for row in classes if row["arm"] == arm and row["k"] == k)
     ks = sorted({row["k"] for row in classes})
-    G = int(ks[-1]) + 1
+    table = lambda arm, name: np.array([row[name] for row in classes if row["arm"] == arm]).reshape(n, -1)  # (seeds, k)
+    ends, share = [{}, {}, {}, {}], {}
     for arm in ("grpo", "etr"):
-        for axis, kind in ((axes[0, 0], "right"), (axes[0, 1], "wrong")):
-            axis.plot([k / G for k in ks], [100 * total(arm, f"clipped_{kind}", k) / total(arm, f"tokens_{kind}", k) for k in ks], "o-",
-                      color=ARMS[arm].color, lw=2.5)
-        tokens = np.array([total(arm, "tokens_right", k) + total(arm, "tokens_wrong", k) for k in ks])
-        for axis, column in ((axes[1, 0], "radius_squared"), (axes[1, 1], "kl")):
-            values = np.array([total(arm, column, k) for k in ks])
-            axis.plot([k / G for k in ks], values / tokens * (1 if column == "radius_squared" else 1000), "o-", color=ARMS[arm].color, lw=2.5)
-    for axis, title, ylabel in zip(axes.flat, ("Right answers clipped above", "Wrong answers clipped below", "KL budget: squared radius",
-                                               "KL spent"), ("tokens (%)", "tokens (%)", "mean squared radius", "KL (millinats per token)")):
+        tokens = table(arm, "tokens_right") + table(arm, "tokens_wrong")
+        values = [*(100 * table(arm, f"clipped_{kind}") / table(arm, f"tokens_{kind}") for kind in ("right", "wrong")),
+                  table(arm, "radius_squared") / tokens, 1000 * table(arm, "kl") / tokens]
+        for axis, end, by_seed in zip(axes.flat, ends, values):
+            end[arm] = band(axis, arm, [dict(zip(np.array(ks) / (len(ks) + 1), row)) for row in by_seed])
+        for name in ("radius_squared", "kl"):  # of the groups with pass rates from 3/8 to 5/8
+            share[arm, name] = 100 * (table(arm, name)[:, 2:5].sum(1) / table(arm, name).sum(1))
+    titles = ("Right answers, clipped above", "tokens (%)"), ("Wrong answers, clipped below", "tokens (%)"), (
+        "Allowed: squared radius", "mean squared radius"), ("Spent: KL to the sampling policy", "KL (1e-3 nats per token)")
+    for axis, end, (title, ylabel) in zip(axes.flat, ends, titles):
         panel(axis, title, "pass rate of the group, k/G", ylabel)
         axis.set_ylim(0)
-        label_ends(axis, {arm: (line.get_xdata()[-1], line.get_ydata()[-1]) for arm, line in zip(("grpo", "etr"), axis.lines)})
-    save(figure, "mechanism", mechanism_title(classes), f"sums over {n} seeds, all steps and updates; G = {G}")
-
-
-def middle_share(classes, arm, column):
-    """Share of a column's sum, in per cent, that goes to groups with pass rates from 3/8 to 5/8; one value per seed."""
-    shares = []
-    for seed in sorted({row["seed"] for row in classes}):
-        rows = [row for row in classes if row["arm"] == arm and row["seed"] == seed]
-        shares.append(100 * sum(row[column] for row in rows if 3 <= row["k"] <= 5) / sum(row[column] for row in rows))
-    return shares
-
-
-def mechanism_title(classes):
-    radius, kl = (np.mean(middle_share(classes, "etr", column)) - np.mean(middle_share(classes, "grpo", column)) for column in ("radius_squared", "kl"))
-    return f"Groups at 3/8 to 5/8: ETR gives {radius:+.1f} % of the budget, they spend {kl:+.1f} % of the KL"
+        label_ends(axis, end)
+    moved = {name: say(*interval(share["etr", name] - share["grpo", name]), " %") for name in ("radius_squared", "kl")}
+    save(figure, "mechanism",
+         f"To pass rates 3/8 to 5/8 ETR moves {moved['radius_squared']} of the budget, {moved['kl']} of the KL",
+         f"{n} seeds, all steps and updates, bands: 95 % t-interval of the mean")
 
 
 def draw_map(rows):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained", width_ratios=(1, 1))
-    n = len({row["seed"] for row in rows})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
     cells = np.array([[difference(rows, POWERS[micro, macro], "auc") for micro in GRID] for macro in GRID])
     limit = max(1.0, abs(cells[..., 0]).max())
     left.imshow(cells[..., 0], cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
     for y, x in np.ndindex(3, 3):
-        text = f"{cells[y, x, 0]:+.1f}\n± {cells[y, x, 1]:.1f}" if x or y else "GRPO"
-        left.text(x, y, text, ha="center", va="center", fontsize=14, color="white" if abs(cells[y, x, 0]) > 0.6 * limit else "black")
-    panel(left, "power form", "micro elasticity", "macro elasticity")
+        left.text(x, y, say(*cells[y, x], "").replace(" ±", "\n±") if x or y else "GRPO", ha="center", va="center", fontsize=14,
+                  color="white" if abs(cells[y, x, 0]) > 0.6 * limit else "black")
+    panel(left, "Power form", "micro elasticity", "macro elasticity")
     left.grid(False)
     left.set_xticks(range(3), GRID)
     left.set_yticks(range(3), GRID)
-    arms = [*FIXED, *FORMS][::-1]
-    for y, arm in enumerate(arms):
-        mean, half = difference(rows, arm, "auc")
-        right.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
-        right.annotate(say(mean, half, ""), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=13)
-    right.axvline(0, color="#000000", lw=1)
-    panel(right, "other forms and fixed radii", "points against GRPO", "")
-    right.set_yticks(range(len(arms)), arms)
-    right.set_ylim(-0.5, len(arms) - 0.3)
+    dots(right, rows, [*FORMS, *FIXED], "auc", "Other forms and fixed radii")
     clear = sum(abs(mean) > half for mean, half in cells.reshape(-1, 2)[1:])
-    save(figure, "map", f"Of 8 elasticities, {clear} differ from GRPO by more than their 95 % interval",
-         f"mean pass@1 on the way, points against GRPO, {n} paired tuning seeds, 95 % t-intervals")
+    save(figure, "map", f"{clear} of 8 elasticities differ from GRPO by more than their interval",
+         f"mean pass@1 on the way, points against GRPO, {len(column(rows, 'grpo', 'auc'))} paired tuning seeds, 95 % t-intervals")
 
 
 def draw():
-    ends, curves, classes = load_csv("final"), load_csv("curves"), load_csv("classes")
-    n = len({row["seed"] for row in ends})
-    draw_curves(ends, curves, n)
-    draw_differences(ends, n)
-    draw_trade(curves, n)
-    draw_pass_at_k(ends, n)
-    draw_mechanism(classes, n)
-    draw_map(load_csv("map"))
+    rows, curves, classes = load_csv("ends"), load_csv("curves"), load_csv("classes")
+    stage = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
+    n = {name: len(column(part, "grpo", "auc")) for name, part in stage.items()}
+    draw_curves(stage["final"], curves, n["final"])
+    draw_differences(stage["final"], n["final"], "differences", STAGES["final"].arms[1:], "16 updates per batch")
+    draw_differences(stage["reuse"], n["reuse"], "reuse", STAGES["reuse"].arms[1:], "32 updates per batch")
+    draw_trade(curves, n["final"])
+    draw_pass_at_k(stage["final"])
+    draw_mechanism(classes, n["final"])
+    draw_map(stage["map"])
 
 
 if __name__ == "__main__":
