@@ -982,6 +982,7 @@ def run(args):
     results = dict(task=args.task, total_seconds=0.0, warmup_seconds=0.0, arms={arm: [] for arm in args.algos})
     for seed in range(args.seed, args.seed + args.seeds):
         for arm in args.algos:
+            model = None  # or the last arm's would stay in memory beside the next
             model, tokenizer = load_model(args, seed)
             warmup_seconds = warm_up(args, seed, model, tokenizer, data["train"])
             before, result = out / f"before-seed{seed}.json", out / f"{arm}-seed{seed}" / "result.json"
