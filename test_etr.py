@@ -938,7 +938,7 @@ def test_the_readme_names_commands_flags_tests_and_files_that_exist():
 # Past one GPU: the two code blocks
 
 def run_block(package):
-    """The namespace left by the README's code block that imports the package."""
+    """The namespace left by the README code block that imports the package."""
     code, = (block for block in blocks("python") if re.search(rf"^(import|from) {package}\b", block, re.M))
     namespace = {}
     exec(compile(code, f"README.md, {package}", "exec"), namespace)
@@ -950,16 +950,16 @@ def reward(completion):
 
 
 def checked(trainer_class):
-    """A trainer that compares each optimiser step's gradient, over all micro-batches and processes, with etr.surrogate_loss's.
+    """A trainer that compares each of its losses, value and gradient, with etr.surrogate_loss's.
 
-    Its bounds are computed anew: by prompt, in no order, with sigma cancelled.
+    The bounds for that are computed anew: by prompt, from the completions of all processes, in no order, with sigma cancelled.
     """
     from accelerate.utils import gather_object
     tokens = lambda batch, name: [
         tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch[f"{name}_ids"], batch[f"{name}_mask"])]
 
     class Checked(trainer_class):
-        window, clipped = [], 0.0
+        losses, clipped = 0, 0.0
 
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
@@ -967,39 +967,26 @@ def checked(trainer_class):
             self.rewards = {prompt: torch.tensor([reward(y) for x, y in everyone if x == prompt]) for prompt, _ in everyone}
             self.mean_variance = torch.stack([x.var(correction=0) for x in self.rewards.values() if x.var() > 0]).mean()
             self.groups_are_split = len(inputs) < self.num_generations * len(set(tokens(batch, "prompt")))
-            share = self.args.gradient_accumulation_steps / self.args.steps_per_generation
+            share = self.args.gradient_accumulation_steps / self.args.steps_per_generation / self.accelerator.num_processes
             self.denominator = sum(len(completion) for _, completion in everyone) * share
             return batch
 
         def _compute_loss(self, model, inputs):
-            loss = super()._compute_loss(model, inputs)
-            self.window = self.window + [(inputs, loss.item())]
-            return loss
-
-        def training_step(self, model, *args):
-            result = super().training_step(model, *args)
-            if self.accelerator.sync_gradients:  # the optimiser steps next
-                self.compare(list(self.accelerator.unwrap_model(model).parameters()), gather_object(self.window))
-                self.window = []
-            return result
-
-        def compare(self, parameters, window):
-            total = 0.0
-            for inputs, _ in window:
-                centered = torch.stack([reward(completion) - self.rewards[prompt].mean() for prompt, completion in zip(
-                    tokens(inputs, "prompt"), tokens(inputs, "completion"))])
-                scale = (centered.abs() / self.mean_variance.sqrt()).clamp(max=3.0)
-                ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-                start = inputs["prompt_ids"].shape[1]
-                logprobs = self.accelerator.unwrap_model(self.model)(ids, mask).logits[:, start - 1:-1].log_softmax(-1)
-                loss, stats = etr.surrogate_loss(
-                    logprobs.gather(2, ids[:, start:, None])[..., 0], inputs["old_per_token_logps"], inputs["advantages"],
-                    0.2 * scale, 0.28 * scale, mask[:, start:], self.denominator)
-                total, self.clipped = total + loss, max(self.clipped, stats["clip_fraction"].item())
-            reference = torch.cat([x.flatten() for x in torch.autograd.grad(total, parameters)])
-            gradient = torch.cat([x.grad.flatten() for x in parameters])
-            assert (gradient - reference).norm() < 1e-5 * reference.norm()
-            assert sum(loss for _, loss in window) / self.accelerator.num_processes == pytest.approx(total.item(), abs=1e-5)
+            theirs = super()._compute_loss(model, inputs)
+            pairs = zip(tokens(inputs, "prompt"), tokens(inputs, "completion"))
+            centered = torch.stack([reward(completion) - self.rewards[prompt].mean() for prompt, completion in pairs])
+            scale = (centered.abs() / self.mean_variance.sqrt()).clamp(max=3.0)
+            ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+            start, policy = inputs["prompt_ids"].shape[1], self.accelerator.unwrap_model(model)
+            logprobs = policy(ids, mask).logits[:, start - 1:-1].log_softmax(-1).gather(2, ids[:, start:, None])[..., 0]
+            ours, stats = etr.surrogate_loss(logprobs, inputs["old_per_token_logps"], inputs["advantages"], 0.2 * scale,
+                                             0.28 * scale, mask[:, start:], self.denominator)
+            assert theirs.item() == pytest.approx(ours.item(), rel=1e-5, abs=1e-6)
+            gradients = [torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(policy.parameters()), retain_graph=True)])
+                         for loss in (ours, theirs)]
+            assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+            self.losses, self.clipped = self.losses + 1, max(self.clipped, stats["clip_fraction"].item())
+            return theirs
 
     return Checked
 
@@ -1009,21 +996,20 @@ def train_with_trl(out, trainer_class, **options):
     import datasets
     import tokenizers
     import trl
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(["<pad>", "<eos>", *"abcdefgh"])}, unk_token="<pad>")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=0.3, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0))
     trainer = trainer_class(
         model, lambda completion_ids, **unused: [reward(ids) for ids in completion_ids],
         args=trl.GRPOConfig(
             output_dir=str(out), use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, max_grad_norm=0.0, learning_rate=0.03, lr_scheduler_type="constant", epsilon_high=0.28,
-            per_device_train_batch_size=2, num_generations=4, max_completion_length=6, max_steps=6, **options),
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"{x} {y}"} for x in "abcd" for y in "efgh"]),
-        processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"))
+            disable_tqdm=True, learning_rate=0.03, lr_scheduler_type="constant", epsilon_high=0.28, num_generations=4,
+            max_completion_length=6, per_device_train_batch_size=2, max_steps=6, **options),
+        train_dataset=datasets.Dataset.from_dict({"prompt": list("abcdefgh")}),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(words), pad_token="<pad>", eos_token="<eos>"))
     trainer.train()
     return trainer
 
@@ -1034,31 +1020,30 @@ NO_TRL = "TRL is not installed, so the README's TRL block was NOT run: pip insta
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 6, "num_iterations": 2},
                                      {"gradient_accumulation_steps": 2, "steps_per_generation": 6}], ids=["iterations", "steps"])
-def test_etr_in_trl_has_the_gradient_of_etr_and_without_elasticity_is_trl_bit_for_bit(options, tmp_path):
+def test_etr_in_trl_has_the_loss_of_etr_and_without_elasticity_is_trl_bit_for_bit(options, tmp_path):
     trl = pytest.importorskip("trl", reason=NO_TRL)
     elastic = run_block("trl")["ETRTrainer"]
     constant = type("Constant", (elastic,), {"micro": 0.0, "macro": 0.0})
     trainers = [train_with_trl(tmp_path, trainer, **options) for trainer in (checked(elastic), constant, trl.GRPOTrainer)]
     weights = [torch.cat([x.detach().flatten() for x in trainer.model.parameters()]) for trainer in trainers]
-    assert trainers[0].clipped > 0.05
+    assert trainers[0].losses == 6 * options["gradient_accumulation_steps"] and trainers[0].clipped > 0.05
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[2])
 
 
 def test_etr_in_trl_with_groups_split_over_two_processes(tmp_path):
     pytest.importorskip("trl", reason=NO_TRL)
-    script = tmp_path / "two.py"
-    script.write_text(f"""if True:
+    (tmp_path / "two.py").write_text(f"""if True:
         import {Path(__file__).stem} as test
         trainer_class = test.checked(test.run_block("trl")["ETRTrainer"])
         trainer = test.train_with_trl("two", trainer_class, gradient_accumulation_steps=3, num_iterations=2)
-        print("processes", trainer.accelerator.num_processes, trainer.groups_are_split, trainer.clipped > 0.05)
+        print("processes", trainer.accelerator.num_processes, trainer.losses, trainer.groups_are_split, trainer.clipped > 0.05)
         """)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)], cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300)
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).resolve().parent}{os.pathsep}{Path(etr.__file__).parent}",
+             "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("processes 2 True True") == 2, done.stdout
+    assert done.stdout.count("processes 2 18 True True") == 2, done.stdout
 
 
 def test_etr_in_verl_equals_etr_and_without_elasticity_is_verl_bit_for_bit():
