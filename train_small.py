@@ -226,18 +226,18 @@ def read_folder(folder):
     data = {}
     for path in (Path(folder) / "train.jsonl", Path(folder) / "test.jsonl"):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            with path.open(encoding="utf-8") as file:
+                lines = [(f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--data {folder}: expected a folder with train.jsonl and test.jsonl in UTF-8 ({error})") from None
+        if not lines:
+            raise UserError(f"{path}: expected problems, one JSON object a line, got an empty file")
         data[path.stem] = []
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
+        for where, line in lines:
             try:
                 data[path.stem].append((where, json.loads(line)))
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: expected one JSON object, got {line[:40]!r} ({error})") from None
-        if not lines:
-            raise UserError(f"{path}: expected problems, one JSON object a line, got an empty file")
     return data
 
 

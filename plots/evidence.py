@@ -87,16 +87,15 @@ train_small.draw = train_small.print_table = lambda *_: None  # the pictures of 
 
 RUNS = PLOTS.parent / "runs/evidence"
 SETTING = (32, 8, 16, 2e-4)  # prompts in a batch, completions of each, updates per batch, learning rate
-REUSE = (32, 8, 32, 2e-4)
 REGIMES = [(16, 8, 16, 1e-4), (16, 8, 16, 2e-4), (16, 16, 8, 3e-4), (32, 8, 8, 3e-4), (32, 8, 8, 6e-4), (32, 8, 16, 1e-4),
-           SETTING, (32, 8, 16, 3e-4), (32, 8, 32, 1e-4), REUSE]
+           SETTING, (32, 8, 16, 3e-4), (32, 8, 32, 1e-4), (32, 8, 32, 2e-4)]
 Stage = namedtuple("Stage", "seeds steps eval_every settings arms")
 STAGES = {
     "regimes": Stage([100], 20, 10, REGIMES, ["grpo"]),
     "map": Stage([100, 101], 24, 6, [SETTING], ["grpo", "etr", "fixed-0.4", "micro", "macro", *FORMS, "fixed-0.1",
                                                      *(name for name in POWERS.values() if name.startswith("power"))]),
-    "final": Stage([*range(10)], 30, 5, [SETTING], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.4"]),
-    "reuse": Stage([*range(5)], 20, 5, [REUSE], ["grpo", "etr", "fixed-0.1", "fixed-0.4"]),
+    "final": Stage([*range(10)], 24, 6, [SETTING], ["grpo", "etr", "fixed-0.4"]),
+    "ablation": Stage([*range(10)], 24, 6, [SETTING], ["fixed-0.1", "micro", "macro", "clip-higher"]),
 }
 
 
@@ -203,13 +202,13 @@ def collect():
                 auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
                 pass1_before=row["pass1_before"], greedy_before=row["greedy_before"], pass8_before=row["passk_before"],
                 pass1=row["pass1_after"], greedy=row["greedy_after"], pass8=row["passk_after"],
-                reward=mean(lines[1:], "reward_mean"), entropy=mean(lines[-5:], "entropy"), clip_fraction=row["clip_fraction_mean"],
+                **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction")}, entropy=mean(lines[-5:], "entropy"),
                 undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
                 # root of the mean squared radius on the side that acts, over tokens of informative groups and updates
                 radius=float((sums["radius_squared"].sum() / (sums["tokens_right"] + sums["tokens_wrong"]).sum())**0.5),
                 seconds=row["seconds"], **{name: " ".join(f"{x:.4f}" for x in values)
                                            for name, values in zip(("pass_1_to_16_before", "pass_1_to_16"), passk)}))
-            if stage == "final":
+            if stage in ("final", "ablation"):
                 for last, step in zip([0, *at], at):
                     window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
                     curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
@@ -257,12 +256,16 @@ def panel(axis, title, xlabel, ylabel):
 def label_ends(axis, ends):
     """Names lines at their right ends, {arm: (x, y)}, beyond the last of them and pushed apart where ends meet."""
     bottom, top = axis.get_ylim()
-    at, edge = -np.inf, max(x for x, _ in ends.values())
-    for arm, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = max(y, at + 0.07 * (top - bottom))
+    at, edge, apart = [], max(x for x, _ in ends.values()), 0.07 * (top - bottom)
+    ordered = sorted(ends.items(), key=lambda item: item[1][1])
+    for _, (_, y) in ordered:
+        at.append(max(y, at[-1] + apart) if at else y)
+    for i in range(len(at) - 1, -1, -1):  # and back below the upper edge
+        at[i] = min(at[i], top - apart / 2 - apart * (len(at) - 1 - i))
+    for (arm, (x, y)), height in zip(ordered, at):
         if x < edge:
-            axis.plot([x, edge], [y, at], color=ARMS[arm].color, lw=1, ls=":")
-        axis.annotate(arm, (edge, at), xytext=(7, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13,
+            axis.plot([x, edge], [y, height], color=ARMS[arm].color, lw=1, ls=":")
+        axis.annotate(arm, (edge, height), xytext=(7, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13,
                       weight="bold", va="center", annotation_clip=False)
 
 
@@ -317,35 +320,38 @@ def draw_curves(rows, curves, n):
          f"{n} paired seeds, bands: 95 % t-interval of the mean")
 
 
-def draw_differences(rows, n, name, arms, what):
-    figure, axes = plt.subplots(1, 3, figsize=(11, 1.6 + 0.75 * len(arms)), sharey=True, layout="constrained")
+def draw_differences(rows):
+    arms = ["etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4"]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 6.2), sharey=True, layout="constrained")
     titles = dict(pass1="pass@1 at the end", auc="mean pass@1 on the way", greedy="greedy at the end")
     clear = sum(dots(axis, rows, arms, column, title) for axis, (column, title) in zip(axes, titles.items()))
-    save(figure, name, f"{what}: {clear} of {3 * len(arms)} differences from GRPO exceed their interval",
-         f"{n} paired seeds, 95 % t-intervals of the paired difference, not corrected for {3 * len(arms)} comparisons")
+    counts = ", ".join(f"{arm} {len(column(rows, arm, 'pass1'))}" for arm in arms)
+    save(figure, "differences", f"{clear} of {3 * len(arms)} differences from GRPO exceed their 95 % interval",
+         f"paired differences with 95 % t-intervals, uncorrected for the {3 * len(arms)} comparisons; seeds: {counts}")
 
 
-def draw_trade(curves, n):
+def entropy_at(path, level):
+    """Entropy where a run's accuracy first reaches `level`; path: its (accuracy, entropy) windows."""
+    i = max(1, next(i for i, (accuracy, _) in enumerate(path) if accuracy >= level))
+    return float(np.interp(level, *zip(path[i - 1], path[i])))
+
+
+def draw_trade(curves):
     figure, axis = plt.subplots(figsize=(10, 5.6), layout="constrained")
-    runs = {(row["arm"], row["seed"]): [] for row in curves}
+    path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")}
     for row in curves:
-        runs[row["arm"], row["seed"]].append((row["reward_mean"], row["entropy"]))
-    level = np.floor(20 * min(max(run)[0] for run in runs.values())) / 20  # a round accuracy that every run reaches
-    entropy = {arm: {} for arm in STAGES["final"].arms}
-    for (arm, seed), run in runs.items():
-        i = next(i for i, (reward, _) in enumerate(run) if reward >= level)
-        (r0, e0), (r1, e1) = run[max(i - 1, 0)], run[max(i, 1)]
-        entropy[arm][seed] = e0 + (e1 - e0) * (level - r0) / (r1 - r0)
-    ends = {}
-    for arm in entropy:
-        path = np.mean([run for (name, _), run in runs.items() if name == arm], 0)
-        axis.plot(*path.T, "o-", color=ARMS[arm].color, lw=2.5 if arm in ("grpo", "etr") else 1.5, ms=5)
-        ends[arm] = tuple(path[-1])
+        if row["arm"] in path:
+            path[row["arm"]].setdefault(row["seed"], []).append((row["reward_mean"], row["entropy"]))
+    for arm, runs in path.items():
+        axis.plot(*np.mean(list(runs.values()), 0).T, "o-", color=ARMS[arm].color, lw=2.5, ms=6)
     panel(axis, "", "accuracy of the rollouts", "entropy (nats per token)")
-    label_ends(axis, ends)
-    mean, half = interval([1000 * (entropy["etr"][seed] - entropy["grpo"][seed]) for seed in entropy["grpo"]])
-    save(figure, "trade", f"At accuracy {level:.2f}, ETR against GRPO: {say(mean, half, 'e-3 nats')} of entropy",
-         f"warm start and means of 5 steps, over {n} paired seeds; interval: 95 % t")
+    label_ends(axis, {arm: tuple(np.mean(list(runs.values()), 0)[-1]) for arm, runs in path.items()})
+    gaps = []
+    for seed, grpo in path["grpo"].items():
+        level = min(max(grpo)[0], max(path["etr"][seed])[0])  # the best accuracy that both reach
+        gaps.append(1000 * (entropy_at(path["etr"][seed], level) - entropy_at(grpo, level)))
+    save(figure, "trade", f"At equal accuracy, ETR against GRPO: {say(*interval(gaps), ' millinats')} of entropy",
+         f"warm start and means of 6 steps, over {len(gaps)} paired seeds; title: at the best accuracy both reach, 95 % t")
 
 
 def draw_pass_at_k(rows):
@@ -363,6 +369,8 @@ def draw_pass_at_k(rows):
     axes[0].text(9, before[8] - 0.03, "warm start", color=GREY, fontsize=13, va="top")
     axes[0].set_ylim(0, 1)
     axes[1].axhline(0, color="#000000", lw=1)
+    for axis in axes:
+        axis.set_xticks((1, 4, 8, 12, 16))
     panel(axes[0], "After training", "k samples", "pass@k")
     panel(axes[1], "Paired difference", "k samples", "points against GRPO")
     label_ends(axes[0], ends)
@@ -399,20 +407,29 @@ def draw_mechanism(classes, n):
 
 def draw_map(rows):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-    cells = np.array([[difference(rows, POWERS[micro, macro], "auc") for micro in GRID] for macro in GRID])
-    limit = max(1.0, abs(cells[..., 0]).max())
-    left.imshow(cells[..., 0], cmap="PuOr", vmin=-limit, vmax=limit, origin="lower")
+    grpo = column(rows, "grpo", "auc")
+    gaps = {arm: [100 * (auc - grpo[seed]) for seed, auc in column(rows, arm, "auc").items()] for arm in STAGES["map"].arms}
+    cells = np.array([[np.mean(gaps[POWERS[micro, macro]]) for micro in GRID] for macro in GRID])
+    left.imshow(cells, cmap="PuOr", vmin=-2, vmax=2, origin="lower")
     for y, x in np.ndindex(3, 3):
-        left.text(x, y, say(*cells[y, x], "").replace(" ±", "\n±") if x or y else "GRPO", ha="center", va="center", fontsize=14,
-                  color="white" if abs(cells[y, x, 0]) > 0.6 * limit else "black")
+        each = "   ".join(f"{gap:+.1f}" for gap in gaps[POWERS[GRID[x], GRID[y]]])
+        text = f"{cells[y, x]:+.1f}\n({each})" if x or y else "GRPO"
+        left.text(x, y, text.replace("-", "−"), ha="center", va="center", fontsize=13)
     panel(left, "Power form", "micro elasticity", "macro elasticity")
     left.grid(False)
     left.set_xticks(range(3), GRID)
     left.set_yticks(range(3), GRID)
-    dots(right, rows, [*FORMS, *FIXED], "auc", "Other forms and fixed radii")
-    clear = sum(abs(mean) > half for mean, half in cells.reshape(-1, 2)[1:])
-    save(figure, "map", f"{clear} of 8 elasticities differ from GRPO by more than their interval",
-         f"mean pass@1 on the way, points against GRPO, {len(column(rows, 'grpo', 'auc'))} paired tuning seeds, 95 % t-intervals")
+    others = [*FORMS, *FIXED][::-1]
+    for y, arm in enumerate(others):
+        right.plot(gaps[arm], [y] * len(grpo), "o", color=ARMS[arm].color, ms=8)
+        right.plot(np.mean(gaps[arm]), y, "|", color=ARMS[arm].color, ms=26, mew=3)
+    right.axvline(0, color="#000000", lw=1)
+    panel(right, "Other forms and fixed radii", "points against GRPO", "")
+    right.set_yticks(range(len(others)), others)
+    right.set_ylim(-0.5, len(others) - 0.5)
+    better = [arm for arm in POWERS.values() if min(gaps[arm]) > 0]
+    save(figure, "map", f"{len(better)} of 8 elasticities are ahead of GRPO on each of {len(grpo)} tuning seeds",
+         f"mean pass@1 on the way, points against GRPO: mean (each of {len(grpo)} tuning seeds); too few seeds for an interval")
 
 
 def draw():
@@ -420,9 +437,8 @@ def draw():
     stage = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
     n = {name: len(column(part, "grpo", "auc")) for name, part in stage.items()}
     draw_curves(stage["final"], curves, n["final"])
-    draw_differences(stage["final"], n["final"], "differences", STAGES["final"].arms[1:], "16 updates per batch")
-    draw_differences(stage["reuse"], n["reuse"], "reuse", STAGES["reuse"].arms[1:], "32 updates per batch")
-    draw_trade(curves, n["final"])
+    draw_differences(stage["final"] + stage["ablation"])
+    draw_trade(curves)
     draw_pass_at_k(stage["final"])
     draw_mechanism(classes, n["final"])
     draw_map(stage["map"])
