@@ -617,6 +617,47 @@ def score_in_pieces(args, model, prompts, rows, tokens, mask):
         yield index, F.pad(logprobs, (0, tokens.shape[1] - longest))
 
 
+# ---------------------------------------------------------------------------------------- files that survive any interruption
+
+class Stopped(Exception):
+    """Ctrl-C was pressed and everything is saved."""
+
+
+stop_requested = threading.Event()
+
+
+def write_atomically(path, write):
+    """Calls write(temporary path), then renames: whoever reads `path` finds the old content or the new, never a part."""
+    try:
+        write(f"{path}.tmp")
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"a failure to write all of {path}.tmp") from error
+    os.replace(f"{path}.tmp", path)
+
+
+def save_text(text, path):
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def save_json(value, path):
+    save_text(json.dumps(value, indent=1) + "\n", path)
+
+
+def save_checkpoint(path, model, optimizer, **state):
+    state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path, model, optimizer):
+    """Restores model and optimizer; returns what else was saved, or None where there is no checkpoint."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location=model.device, weights_only=True)
+    model.load_state_dict(state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
 # ----------------------------------------------------------------------------------------------------------- warm start
 
 def make_optimizer(model):
@@ -829,63 +870,31 @@ def draw(args):
                      fontsize=11, color="#555555")
     figure.savefig(out / "accuracy_entropy.png", dpi=130)
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, kind, title in ((axes[0], "right", "Right answers, clipped above"), (axes[1], "wrong", "Wrong answers, clipped below")):
+    sums = {arm: {name: sum(np.array(line["by_correct"][name]) for lines in seeds.values() for line in lines[1:]) for name in BY_CORRECT}
+            for arm, seeds in runs.items()}
+    def by_pass_rate(name, *token_names):
         lines = {}
-        for arm, seeds in runs.items():
-            tokens, clipped = (sum(np.array(line["by_correct"][f"{name}_{kind}"]) for steps in seeds.values() for line in steps[1:])
-                               for name in ("tokens", "clipped"))
-            G = len(tokens) - 1
-            k = np.array([k for k in range(1, G) if tokens[k]], int)  # k = 0 and k = G have no gradient to clip
-            lines[arm] = (k / G, 100 * clipped[k] / tokens[k], np.zeros(len(k)))
-        draw_lines(axis, lines, title, "pass rate of the group, k/G", "tokens clipped (%)")
-    draw_lines(axes[2], over_steps("frac_reward_zero_std", 100), "Groups that teach nothing", step, "groups with equal rewards (%)", 100)
+        for arm, sums_of in sums.items():
+            tokens = sum(sums_of[name] for name in token_names)
+            k = np.flatnonzero(tokens[1:-1]) + 1  # k = 0 and k = G have no gradient to clip
+            lines[arm] = (k / (len(tokens) - 1), sums_of[name][k] / tokens[k], np.zeros(len(k)))
+        return lines
+    percent = lambda lines: {arm: (x, 100 * y, half) for arm, (x, y, half) in lines.items()}
+    rate = "pass rate of the group, k/G"
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+    draw_lines(axes[0, 0], by_pass_rate("radius_squared", "tokens_right", "tokens_wrong"), "The budget", rate, "mean squared clip radius")
+    draw_lines(axes[0, 1], percent(by_pass_rate("clipped_right", "tokens_right")), "Right answers, clipped above", rate, "tokens clipped (%)")
+    draw_lines(axes[0, 2], percent(by_pass_rate("clipped_wrong", "tokens_wrong")), "Wrong answers, clipped below", rate, "tokens clipped (%)")
+    draw_lines(axes[1, 0], over_steps("frac_reward_zero_std", 100), "Groups that teach nothing", step, "groups with equal rewards (%)", 100)
+    draw_lines(axes[1, 1], over_steps("approx_kl", 1000), "Distance moved per step", step, "KL (1e-3 nats per token)")
+    draw_lines(axes[1, 2], over_steps("completion_length_mean"), "Length of completions", step, "tokens")
     shares = ", ".join(f"{arm} {np.mean(y):.1f} %" for arm, (_, y, _) in over_steps("clip_fraction", 100).items())
-    figure.suptitle(f"Who is clipped: {shares} of all tokens", fontsize=15, weight="bold")
+    figure.suptitle(f"Who is clipped: {shares} of all tokens", fontsize=16, weight="bold")
     figure.savefig(out / "mechanism.png", dpi=130)
     plt.close("all")
 
 
-# ------------------------------------------------------------------------------------------------------- files and main
-
-class Stopped(Exception):
-    """Ctrl-C was pressed and everything is saved."""
-
-
-stop_requested = threading.Event()
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: whoever reads `path` finds the old content or the new, never a part."""
-    try:
-        write(f"{path}.tmp")
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise OSError(f"a failure to write all of {path}.tmp") from error
-    os.replace(f"{path}.tmp", path)
-
-
-def save_text(text, path):
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def save_json(value, path):
-    save_text(json.dumps(value, indent=1) + "\n", path)
-
-
-def save_checkpoint(path, model, optimizer, **state):
-    state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_checkpoint(path, model, optimizer):
-    """Restores model and optimizer; returns what else was saved, or None where there is no checkpoint."""
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location=model.device, weights_only=True)
-    model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return state
-
+# ---------------------------------------------------------------------------------------------------------- runs and main
 
 def evaluation_metrics(scores):
     return dict(eval_pass1=scores["pass1"], eval_greedy=scores["greedy"], eval_passk=scores["passk"][-1])
