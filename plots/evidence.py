@@ -2,19 +2,17 @@
 
     OMP_NUM_THREADS=1 python plots/evidence.py all      run, collect and draw: TIME_TOTAL, resumable
     python plots/evidence.py run                        trains what is missing, under runs/evidence
-    python plots/evidence.py run final 0 5              one stage, its seeds 0 to 4: another process may take the others
+    python plots/evidence.py run final 0 5              one stage, its first five seeds
     python plots/evidence.py collect                    runs -> plots/*.csv
     python plots/evidence.py draw                       plots/*.csv -> plots/*.png, in seconds
 
-Stages. `regimes`: learning rate, updates per batch and group size, so that GRPO gets its best setting; one tuning seed.
-`map`: micro and macro elasticity, other readings of the abstract and fixed clip radii in that setting; tuning seeds.
-`final`: the arms on fresh seeds, by which nothing was chosen. Within a seed all arms share the warm start and the prompts.
+Stages. `map`: elasticities, other readings of the abstract and fixed clip radii, on tuning seeds. `final` and `ablation`: fresh
+seeds, by which nothing was chosen. All arms of a seed share the warm start and the prompts. Two processes may share the seeds.
 """
 
 import argparse
 import csv
 import json
-import os
 import shutil
 import sys
 from collections import Counter, namedtuple
@@ -43,21 +41,20 @@ FORMS = {  # other readings of "scaled by advantage magnitude" and "group varian
     "right-only": lambda A, p: torch.where(A > 0, A.abs() * (p * (1 - p) / 0.18).sqrt(), 1.0),
 }
 COLORS = {"fixed-0.1": "#999999", "fixed-0.4": "#56B4E9", "tanh": "#CC79A7", "only-wider": "#CC79A7", "right-only": "#CC79A7"}
-for name in [*POWERS.values(), *FIXED, *FORMS]:
-    ARMS.setdefault(name, Arm(0.0, 0.0, 1.0, 1.0, COLORS.get(name, "#CC79A7")))
 for (micro, macro), name in POWERS.items():
-    ARMS[name] = ARMS[name]._replace(micro=micro, macro=macro)
+    ARMS.setdefault(name, Arm(micro, macro, 1.0, 1.0, "#CC79A7"))
+ARMS.update({name: Arm(0.0, 0.0, 1.0, 1.0, color) for name, color in COLORS.items()})
 power_bounds, evaluate, surrogate_loss = train_small.clip_bounds, train_small.evaluate, etr.surrogate_loss
 
 
 def clip_bounds(args, arm, rewards, advantages):
-    if arm not in FIXED and arm not in FORMS:
-        return power_bounds(args, arm, rewards, advantages)
     if arm in FIXED:
         radius = torch.full_like(advantages, FIXED[arm])
-    else:
+    elif arm in FORMS:
         pass_rate = rewards.mean(1, keepdim=True).expand_as(advantages)
         radius = args.clip_low * FORMS[arm](advantages, pass_rate).clamp(max=args.scale_max)
+    else:
+        return power_bounds(args, arm, rewards, advantages)
     return radius, radius
 
 
@@ -86,26 +83,18 @@ train_small.draw = train_small.print_table = lambda *_: None  # the pictures of 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 RUNS = PLOTS.parent / "runs/evidence"
-SETTING = (32, 8, 16, 2e-4)  # prompts in a batch, completions of each, updates per batch, learning rate
-REGIMES = [(16, 8, 16, 1e-4), (16, 8, 16, 2e-4), (16, 16, 8, 3e-4), (32, 8, 8, 3e-4), (32, 8, 8, 6e-4), (32, 8, 16, 1e-4),
-           SETTING, (32, 8, 16, 3e-4), (32, 8, 32, 1e-4), (32, 8, 32, 2e-4)]
-Stage = namedtuple("Stage", "seeds steps eval_every settings arms")
+SETTING = "--prompts-per-step=32 --group-size=8 --updates-per-step=16 --learning-rate=2e-4 --steps=24 --eval-every=6".split()
+Stage = namedtuple("Stage", "seeds arms")
 STAGES = {
-    "regimes": Stage([100], 20, 10, REGIMES, ["grpo"]),
-    "map": Stage([100, 101], 24, 6, [SETTING], ["grpo", "etr", "fixed-0.4", "micro", "macro", *FORMS, "fixed-0.1",
-                                                     *(name for name in POWERS.values() if name.startswith("power"))]),
-    "final": Stage([*range(10)], 24, 6, [SETTING], ["grpo", "etr", "fixed-0.4"]),
-    "ablation": Stage([*range(10)], 24, 6, [SETTING], ["fixed-0.1", "micro", "macro", "clip-higher"]),
+    "map": Stage([100, 101], [*POWERS.values(), *FORMS, *FIXED]),
+    "final": Stage([*range(10)], ["grpo", "etr", "fixed-0.4"]),
+    "ablation": Stage([*range(10)], ["fixed-0.1", "micro", "macro", "clip-higher"]),
 }
 
 
-def folder(stage, setting, arm, seed):
-    return RUNS / stage / "{}x{}-{}-{:g}".format(*setting) / f"{arm}-{seed}"
-
-
-def train(stage, setting, arm, seed):
+def train(stage, arm, seed):
     """One arm of one seed, from the seed's warm start, unless it is there already."""
-    out, shared = folder(stage, setting, arm, seed), [f"warmup-seed{seed}.pt", f"before-seed{seed}.json"]
+    out, shared = RUNS / stage / f"{arm}-{seed}", [f"warmup-seed{seed}.pt", f"before-seed{seed}.json"]
     if (out / "results.json").exists():
         return
     for directory in (out, RUNS / "warm"):
@@ -114,10 +103,8 @@ def train(stage, setting, arm, seed):
         if (RUNS / "warm" / name).exists():
             shutil.copy(RUNS / "warm" / name, out)
     undecided.clear()
-    names = "prompts-per-step group-size updates-per-step learning-rate steps eval-every seed out algos".split()
-    values = *setting, STAGES[stage].steps, STAGES[stage].eval_every, seed, out, arm
     resume = ["--resume"] * (out / "config.json").exists()
-    code = train_small.main([f"--{name}={value}" for name, value in zip(names, values)] + resume)
+    code = train_small.main([*SETTING, "--algos", arm, "--seed", str(seed), "--out", str(out), *resume])
     if code:
         sys.exit(code)
     for name in shared:
@@ -125,34 +112,25 @@ def train(stage, setting, arm, seed):
     (out / "undecided.json").write_text(json.dumps(undecided))
 
 
+def sample_16(arm, seed):
+    """pass@1 to pass@16 of a finished model on the test problems, for the figure of pass@k."""
+    out = RUNS / "final" / f"{arm}-{seed}"
+    if not (out / "pass16.json").exists():
+        args, train_small.EVAL_SAMPLES = train_small.parse_args([*SETTING, "--out", str(out)]), 16
+        model, tokenizer = train_small.load_model(args, seed)
+        model = type(model).from_pretrained(out / f"{arm}-seed{seed}" / "model").eval()
+        test = train_small.encode(args, tokenizer, train_small.load_problems(args)["test"])
+        (out / "pass16.json").write_text(json.dumps(evaluate_at_once(args, seed, model, tokenizer, test)["passk"]))
+        train_small.EVAL_SAMPLES = 8
+
+
 def run(only=None, first=0, last=None):
     for name, stage in STAGES.items():
-        if name == (only or name):
-            for seed in stage.seeds[int(first):last and int(last)]:
-                for setting in stage.settings:
-                    for arm in stage.arms:
-                        train(name, setting, arm, seed)
-    if only in (None, "samples"):
-        sample_16()
-
-
-def sample_16():
-    """pass@k up to k = 16 of the finished models, for figure (d): {seed: {arm: [pass@1, ..., pass@16]}}."""
-    train_small.EVAL_SAMPLES, stage = 16, STAGES["final"]
-    for arm in (None, "grpo", "etr", "fixed-0.4"):
-        for seed in stage.seeds:
-            out = folder("final", SETTING, arm or "grpo", seed)
-            path = out / ("pass16.json" if arm else "pass16_before.json")
-            if path.exists() or not (out / "results.json").exists():
-                continue
-            args = train_small.parse_args(["--out", str(out)])
-            model, tokenizer = train_small.load_model(args, seed)
-            if arm:
-                model = type(model).from_pretrained(out / f"{arm}-seed{seed}" / "model").eval()
-            else:
-                train_small.warm_up(args, seed, model, tokenizer, [])  # finished, so it only loads
-            test = train_small.encode(args, tokenizer, train_small.load_problems(args)["test"])
-            path.write_text(json.dumps(evaluate_at_once(args, seed, model, tokenizer, test)["passk"]))
+        for seed in stage.seeds[int(first):last and int(last)] if name == (only or name) else []:
+            for arm in stage.arms:
+                train(name, arm, seed)
+                if name == "final":
+                    sample_16(arm, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------------- csv
@@ -175,46 +153,36 @@ def load_csv(name):
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
-def finished(stage):
-    """(setting, arm, seed, metrics of every step, row of results.json, folder) of the seeds whose arms are all there."""
-    for setting in STAGES[stage].settings:
-        for seed in STAGES[stage].seeds:
-            outs = {arm: folder(stage, setting, arm, seed) for arm in STAGES[stage].arms}
-            if all((out / "results.json").exists() for out in outs.values()):
-                for arm, out in outs.items():
-                    row = json.loads((out / "results.json").read_text())["arms"][arm][0]
-                    yield setting, arm, seed, train_small.load_runs(out)[arm][seed], row, out
-
-
 def collect():
+    """Only seeds of which every arm of the stage has finished."""
     ends, curves, classes = [], [], []
     mean = lambda lines, name: float(np.mean([line[name] for line in lines]))
-    for stage in STAGES:
-        for setting, arm, seed, lines, row, out in finished(stage):
-            at = [line["step"] for line in lines if "eval_pass1" in line]
-            sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0)[1:-1] for name in train_small.BY_CORRECT}
-            counts = json.loads((out / "undecided.json").read_text())
-            passk = [json.loads(path.read_text()) if path.exists() else []
-                     for path in (out / "pass16_before.json", out / "pass16.json")]
-            ends.append(dict(
-                zip(("stage", "prompts", "group_size", "updates", "learning_rate"), (stage, *setting)), arm=arm, seed=seed,
-                # auc: area under the validation pass@1 curve divided by its length, so the mean accuracy on the way
-                auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
-                pass1_before=row["pass1_before"], greedy_before=row["greedy_before"], pass8_before=row["passk_before"],
-                pass1=row["pass1_after"], greedy=row["greedy_after"], pass8=row["passk_after"],
-                **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction")}, entropy=mean(lines[-5:], "entropy"),
-                undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
-                # root of the mean squared radius on the side that acts, over tokens of informative groups and updates
-                radius=float((sums["radius_squared"].sum() / (sums["tokens_right"] + sums["tokens_wrong"]).sum())**0.5),
-                seconds=row["seconds"], **{name: " ".join(f"{x:.4f}" for x in values)
-                                           for name, values in zip(("pass_1_to_16_before", "pass_1_to_16"), passk)}))
-            if stage in ("final", "ablation"):
-                for last, step in zip([0, *at], at):
-                    window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
-                    curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
-                                       **{name: mean(window, name) for name in ("reward_mean", "entropy", "clip_fraction")}))
-                classes += [dict(arm=arm, seed=seed, k=k + 1, **{name: float(values[k]) for name, values in sums.items()})
-                            for k in range(len(sums["kl"]))]
+    outs = [(stage, arm, seed, RUNS / stage / f"{arm}-{seed}") for stage, (seeds, arms) in STAGES.items() for seed in seeds
+            if all((RUNS / stage / f"{arm}-{seed}/results.json").exists() for arm in arms) for arm in arms]
+    for stage, arm, seed, out in outs:
+        result = json.loads((out / "results.json").read_text())["arms"][arm][0]
+        lines, counts = train_small.load_runs(out)[arm][seed], json.loads((out / "undecided.json").read_text())
+        at = [line["step"] for line in lines if "eval_pass1" in line]
+        sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0)[1:-1] for name in train_small.BY_CORRECT}
+        tokens = sums["tokens_right"] + sums["tokens_wrong"]  # of informative groups, once per update
+        passk = json.loads((out / "pass16.json").read_text()) if stage == "final" else []
+        ends.append(dict(
+            stage=stage, arm=arm, seed=seed,
+            # area under the validation pass@1 curve divided by its length: the mean accuracy on the way
+            auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
+            **{name: result[name] for name in ("pass1_before", "pass1_after", "greedy_before", "greedy_after", "passk_before",
+                                            "passk_after")},
+            **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction")}, entropy=mean(lines[-5:], "entropy"),
+            undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
+            radius=float((sums["radius_squared"].sum() / tokens.sum())**0.5),  # root mean square on the side that acts
+            seconds=result["seconds"], pass_1_to_16=" ".join(f"{value:.4f}" for value in passk)))
+        if stage == "final":
+            for last, step in zip([0, *at], at):
+                window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
+                curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
+                                   **{name: mean(window, name) for name in ("reward_mean", "entropy")}))
+            classes += [dict(arm=arm, seed=seed, k=k + 1, **{name: float(values[k]) for name, values in sums.items()})
+                        for k in range(len(tokens))]
     for name, rows in (("ends", ends), ("curves", curves), ("classes", classes)):
         save_csv(name, rows)
 
@@ -241,7 +209,7 @@ def difference(rows, arm, name):
 
 
 def say(mean, half, unit=" points"):
-    return f"{mean:+.1f} ± {half:.1f}{unit}".replace("-", "−")
+    return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}{unit}".replace("-", "−")
 
 
 def panel(axis, title, xlabel, ylabel):
@@ -298,12 +266,12 @@ def dots(axis, rows, arms, name, title):
     for y, arm in enumerate(arms[::-1]):
         mean, half = difference(rows, arm, name)
         axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
-        axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=13,
-                      color=ARMS[arm].color)
+        axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=13,
+                      color=ARMS[arm].color, bbox=dict(fc="white", ec="none", pad=1))
     axis.axvline(0, color="#000000", lw=1)
     axis.margins(x=0.15)
     panel(axis, title, "points against GRPO", "")
-    axis.set_yticks(range(len(arms)), arms[::-1])
+    axis.set_yticks(range(len(arms)), [f"{arm}\nn = {len(column(rows, arm, name))}" for arm in arms[::-1]])
     axis.set_ylim(-0.5, len(arms) - 0.4)
     return sum(abs(mean) > half for mean, half in (difference(rows, arm, name) for arm in arms))
 
@@ -313,21 +281,19 @@ def draw_curves(rows, curves, n):
     panels = ("pass1", "Held-out accuracy", "pass@1"), ("entropy", "Policy entropy", "nats per token")
     for axis, (name, title, ylabel) in zip(axes, panels):
         ends = {arm: band(axis, arm, over(curves, arm, "step", name)) for arm in ("grpo", "etr")}
-        axis.set_ylim(0, None if name == "entropy" else 1)
         panel(axis, title, "step (rollout batch of 256)", ylabel)
         label_ends(axis, ends)
-    save(figure, "curves", f"ETR against GRPO at the end: {say(*difference(rows, 'etr', 'pass1'))} of pass@1",
-         f"{n} paired seeds, bands: 95 % t-interval of the mean")
+    save(figure, "curves", f"ETR against GRPO over the whole curve: {say(*difference(rows, 'etr', 'auc'))} of pass@1",
+         f"{n} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), title of the paired difference")
 
 
 def draw_differences(rows):
     arms = ["etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4"]
     figure, axes = plt.subplots(1, 3, figsize=(11, 6.2), sharey=True, layout="constrained")
-    titles = dict(pass1="pass@1 at the end", auc="mean pass@1 on the way", greedy="greedy at the end")
+    titles = dict(pass1_after="pass@1 at the end", auc="mean pass@1 on the way", greedy_after="greedy at the end")
     clear = sum(dots(axis, rows, arms, column, title) for axis, (column, title) in zip(axes, titles.items()))
-    counts = ", ".join(f"{arm} {len(column(rows, arm, 'pass1'))}" for arm in arms)
     save(figure, "differences", f"{clear} of {3 * len(arms)} differences from GRPO exceed their 95 % interval",
-         f"paired differences with 95 % t-intervals, uncorrected for the {3 * len(arms)} comparisons; seeds: {counts}")
+         f"n paired seeds, 95 % t-intervals of the paired difference, not corrected for {3 * len(arms)} comparisons")
 
 
 def entropy_at(path, level):
@@ -355,18 +321,15 @@ def draw_trade(curves):
 
 
 def draw_pass_at_k(rows):
-    curve = lambda arm, name: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, name).items() if text}
-    grpo, ks = curve("grpo", "pass_1_to_16"), range(1, 17)
+    curve = lambda arm: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, "pass_1_to_16").items()}
+    grpo, ks = curve("grpo"), range(1, 17)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     ends, gaps = {}, {}
     for arm in ("grpo", "etr", "fixed-0.4"):
-        curves = curve(arm, "pass_1_to_16")
+        curves = curve(arm)
         ends[arm] = band(axes[0], arm, [dict(zip(ks, values)) for values in curves.values()])
         if arm != "grpo":
             gaps[arm] = band(axes[1], arm, [dict(zip(ks, 100 * (values - grpo[seed]))) for seed, values in curves.items()])
-    before = np.mean(list(curve("grpo", "pass_1_to_16_before").values()), 0)
-    axes[0].plot(ks, before, color=GREY, lw=2, ls="--")
-    axes[0].text(9, before[8] - 0.03, "warm start", color=GREY, fontsize=13, va="top")
     axes[0].set_ylim(0, 1)
     axes[1].axhline(0, color="#000000", lw=1)
     for axis in axes:
@@ -375,7 +338,7 @@ def draw_pass_at_k(rows):
     panel(axes[1], "Paired difference", "k samples", "points against GRPO")
     label_ends(axes[0], ends)
     label_ends(axes[1], gaps)
-    gap = interval([100 * (values[-1] - grpo[seed][-1]) for seed, values in curve("etr", "pass_1_to_16").items()])
+    gap = interval([100 * (values[-1] - grpo[seed][-1]) for seed, values in curve("etr").items()])
     save(figure, "pass_at_k", f"ETR against GRPO: {say(*gap)} of pass@16",
          f"{len(grpo)} paired seeds, 200 test problems, 16 samples of each, bands: 95 % t-interval")
 
@@ -399,10 +362,10 @@ def draw_mechanism(classes, n):
         panel(axis, title, "pass rate of the group, k/G", ylabel)
         axis.set_ylim(0)
         label_ends(axis, end)
-    moved = {name: say(*interval(share["etr", name] - share["grpo", name]), " %") for name in ("radius_squared", "kl")}
+    budget, kl = (say(*interval(share["etr", name] - share["grpo", name])) for name in ("radius_squared", "kl"))
     save(figure, "mechanism",
-         f"To pass rates 3/8 to 5/8 ETR moves {moved['radius_squared']} of the budget, {moved['kl']} of the KL",
-         f"{n} seeds, all steps and updates, bands: 95 % t-interval of the mean")
+         f"ETR at pass rates 3/8 to 5/8: share of budget {budget}, of KL {kl}",
+         f"{n} paired seeds, all steps and updates; 95 % t-intervals: bands of the mean, title of the difference from GRPO")
 
 
 def draw_map(rows):
@@ -435,17 +398,17 @@ def draw_map(rows):
 def draw():
     rows, curves, classes = load_csv("ends"), load_csv("curves"), load_csv("classes")
     stage = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
-    n = {name: len(column(part, "grpo", "auc")) for name, part in stage.items()}
-    draw_curves(stage["final"], curves, n["final"])
+    n = len(column(stage["final"], "grpo", "auc"))
+    draw_curves(stage["final"], curves, n)
     draw_differences(stage["final"] + stage["ablation"])
     draw_trade(curves)
     draw_pass_at_k(stage["final"])
-    draw_mechanism(classes, n["final"])
+    draw_mechanism(classes, n)
     draw_map(stage["map"])
 
 
 if __name__ == "__main__":
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    command = (sys.argv[1:] or [None])[0]
     if command not in ("all", "run", "collect", "draw"):
         sys.exit(__doc__)
     if command in ("all", "run"):
