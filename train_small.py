@@ -592,7 +592,7 @@ def score(model, prompts, repeats, tokens, mask):
                                     cache=cache, use_cache=True).last_hidden_state
             states = torch.cat([states, rest], 1)  # the state at t predicts token t: no shift left to get wrong
     states, targets = states[mask], tokens[mask]
-    slice_size = max(1, 2**25 // model.get_output_embeddings().weight.shape[0])  # at most 128 MiB of fp32 logits
+    slice_size = max(1, 2**24 // model.get_output_embeddings().weight.shape[0])  # at most 64 MiB of fp32 logits
     negative = lambda h, y: F.cross_entropy(head_logits(model, h), y, reduction="none")
     flat = torch.cat([checkpoint(negative, h, y, use_reentrant=False, preserve_rng_state=False)
                       for h, y in zip(states.split(slice_size), targets.split(slice_size))])

@@ -1,28 +1,30 @@
-"""What train_small.py costs, beside what people would use instead: `python plots/benchmark.py` (about ten minutes on two idle cores).
+"""What train_small.py costs, beside what people would use instead: `python plots/benchmark.py`, ten minutes on two idle cores.
 
-Prints one table, saves it as benchmark.csv and draws benchmark.png, both beside this file. Contestants do the same work, take turns in
-one process, and are compared by medians. Row by row:
+Prints one table, saves it as benchmark.csv and draws benchmark.png, both beside this file. Contestants do the same work, take
+turns in one run, and are compared by medians. The parts of the table:
 
-    rollout   useful tokens per second of train_small.sample, generate() and generate_batch() (continuous batching)
-    step      one training step (rollout, old log-probabilities, 4 updates) against TRL's GRPOTrainer
-    loss      peak memory and time of the loss and its gradient against logits kept whole, each in a process of its own
-    growth    how time and memory of a step grow with G, length and vocabulary: the slope in a log-log plot, 1 is linear
-    limit     floating-point operations per second of rollouts and updates, as a share of a large matrix product's
+    loss      peak memory and time of the loss and its gradient, against keeping all logits; each in a process of its own
+    growth    time and memory of a training step against G, length and vocabulary: the slope in a log-log plot, 1 is linear
+    rollout   useful tokens per second of `sample`, of generate() and of generate_batch() (continuous batching)
+    step      one training step (rollout, old log-probabilities, 4 updates), against TRL's GRPOTrainer where trl is installed
+    limit     floating-point operations per second, as a share of what a large matrix product reaches
+    gpu       the same for decoding, where there is a GPU
 
-The models are the built-in one and a random one in the shape of SmolLM2-135M whose end token has a bias that makes lengths ragged:
-geometric, most are short and a few are cut off. TRL (pip install trl) is left out where it is not installed.
+The models are the built-in one and a random one in the shape of SmolLM2-135M. The end token of a random model has a bias that
+makes its completions ragged: their lengths are geometric and the longest are cut off.
 """
 
 import csv
 import math
 import multiprocessing
 import resource
-import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
+from statistics import linear_regression, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,232 +34,184 @@ import transformers  # noqa: E402
 import etr  # noqa: E402
 import train_small as ts  # noqa: E402
 
-plt = ts.plt
-REPEATS, GROWTH_REPEATS, LOSS_REPEATS = 5, 5, 3
-HERE, UPDATES, OURS, THEIRS = Path(__file__).parent, 4, "#D55E00", ["#000000", "#0072B2"]
-Setup = namedtuple("Setup", "name threads args model tokenizer problems")  # everything a training step needs
-rows = []  # of the table
+HERE, REPEATS, UPDATES = Path(__file__).parent, 5, 4
+GROWTH = {"G": [8, 16, 32, 64], "length": [32, 64, 128, 256], "vocabulary": [6144, 12288, 24576, 49152]}
+BASE = dict(G=8, length=64, vocabulary=4096)  # the other two, while one grows
+SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+               num_key_value_heads=3)
+Setup = namedtuple("Setup", "name threads args model tokenizer problems")
+COLUMNS = dict(part=8, model=12, what=52, value=10, unit=9, ratio=8, target=8, threads=8, repeats=8, range=18)
+table = []
 
 
-def row(part, model, what, value, unit, ratio=None, target="", threads=1, repeats=1, spread=""):
-    """Adds a line to the table and saves all of it: an interrupted run leaves what it has measured."""
-    rows.append(dict(part=part, model=model, what=what, value=f"{value:.4g}", unit=unit, ratio="" if ratio is None else f"{ratio:.3g}",
-                     target=target, threads=threads, repeats=repeats, spread=spread))
+def row(part, model, what, values, unit, ratio="", target="", threads=1):
+    """Adds a line, and saves the table: what is measured stays if the run is interrupted. values: one per repetition."""
+    table.append(dict(part=part, model=model, what=what, value=f"{median(values):.4g}", unit=unit, ratio=ratio and f"{ratio:.3g}",
+                      target=target, threads=threads, repeats=len(values), range=f"{min(values):.3g}..{max(values):.3g}"))
     with open(HERE / "benchmark.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
-    line = rows[-1]
-    print(f"{part:8s} {model:10s} {what:44s} {line['value']:>9s} {unit:9s} {line['ratio']:>7s} {target:9s} {threads:3d} {repeats:3d}  {spread}",
-          flush=True)
+        writer.writerows(table)
+    print(" ".join(str(table[-1][name]).ljust(width) for name, width in COLUMNS.items()), flush=True)
 
 
-def spread(values):
-    return f"{min(values):.3g}..{max(values):.3g}"
-
-
-def seconds(work):
+def timed(work, *args):
+    """(what it returns, seconds)"""
     started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def take_turns(contestants, repeats=REPEATS):
-    """{name: its results}, after one call each that does not count; contestants are {name: function}."""
-    results = {name: [] for name in contestants}
-    for repeat in range(repeats + 1):
-        for name, work in contestants.items():
-            result = work()
-            if repeat:
-                results[name].append(result)
-    return results
+    return work(*args), time.perf_counter() - started
 
 
 # ---------------------------------------------------------------------------------------------------------------- models
 
 def built_in():
-    """The demo's model after a short warm start, so that its completions have their natural lengths."""
-    args = ts.parse_args(["--updates-per-step", str(UPDATES), "--warmup-steps", "150"])
-    problems = ts.load_problems(args)["train"]
+    """The demo's model after a short warm start, which gives its completions their natural lengths."""
+    args = ts.parse_args(f"--updates-per-step {UPDATES} --warmup-steps 150".split())
     model, tokenizer = ts.load_model(args, 0)
-    problems = ts.encode(args, tokenizer, problems)
+    problems = ts.encode(args, tokenizer, ts.load_problems(args)["train"])
     with tempfile.TemporaryDirectory() as args.out:
         ts.warm_up(args, 0, model, tokenizer, problems)
     return Setup("built-in", 1, args, model, tokenizer, problems[:args.prompts_per_step])
 
 
-def random_model(name, threads, prompts, group_size, prompt_lengths, mean_length, longest, **config):
-    """A random model whose completions have geometric lengths with this mean, cut off at `longest`. Its words are numbers."""
+def random_model(threads, P, G, prompt_lengths, mean, longest, **shape):
+    """A model with random weights, whose words are numbers. mean: of the geometric lengths; infinite: all have the longest."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**config, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    V = shape["vocab_size"]
+    config = transformers.LlamaConfig(**shape, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     model = transformers.LlamaForCausalLM(config).eval()
-    head = torch.nn.Linear(config.hidden_size, config.vocab_size)
-    torch.nn.init.zeros_(head.bias)
+    head = torch.nn.Linear(shape["hidden_size"], V)
     head.weight = model.get_input_embeddings().weight
-    head.bias.data[1] = math.log(config.vocab_size / mean_length) if mean_length < math.inf else -1e4
+    head.bias.data = torch.zeros(V).index_fill(0, torch.tensor(1), math.log(V / mean) if mean < math.inf else -1e4)
     model.set_output_embeddings(head)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(config.vocab_size)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
-    args = ts.parse_args(["--updates-per-step", str(UPDATES), "--group-size", str(group_size), "--prompts-per-step", str(prompts),
-                          "--max-new-tokens", str(longest), "--learning-rate", "1e-6"])
-    ids = [torch.randint(2, config.vocab_size, (int(length),)).tolist() for length in torch.linspace(*prompt_lengths, prompts)]
-    problems = [ts.Problem(" ".join(map(str, prompt)), "", "", prompt) for prompt in ids]
-    return Setup(name, threads, args, model, tokenizer, problems)
-
-
-def smollm2(prompts, group_size, prompt_lengths, mean_length, longest):
-    return random_model("135M", torch.get_num_threads(), prompts, group_size, prompt_lengths, mean_length, longest, vocab_size=49152,
-                        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    args = ts.parse_args(f"--updates-per-step {UPDATES} --group-size {G} --prompts-per-step {P} --max-new-tokens {longest} "
+                         "--learning-rate 1e-6".split())
+    prompts = [torch.randint(2, V, (int(length),)).tolist() for length in torch.linspace(*prompt_lengths, P)]
+    problems = [ts.Problem(" ".join(map(str, ids)), "", "", ids) for ids in prompts]
+    return Setup("135M", threads, args, model, tokenizer, problems)
 
 
 def parity(task, completion, gold):
-    return float(len(completion.split()) % 2)  # a reward that costs nothing and is mixed in every group
+    """A reward that costs nothing and differs within a group."""
+    return float(len(completion.split()) % 2)
 
 
-def flops(setup, prompt_tokens, tokens):
-    """Of a forward pass, attention's own products left out; the head is needed at completion tokens only."""
+def limit(setup, what, tokens, seconds, passes=1):
+    """The share of a matrix product's speed. Attention's own products are left out; only completion tokens need the head."""
     head = setup.model.get_input_embeddings().weight.numel()
-    layers = sum(p.numel() for p in setup.model.base_model.parameters()) - head
-    return 2 * (layers * (prompt_tokens + tokens) + head * tokens)
-
-
-def matrix_product(threads):
-    """Floating-point operations per second of a 2048 x 2048 product."""
+    layers = sum(parameter.numel() for parameter in setup.model.base_model.parameters()) - head
+    operations = 2 * passes * (layers * (tokens + sum(len(problem.prompt) for problem in setup.problems)) + head * tokens)
     a = torch.randn(2048, 2048)
-    return 2 * 2048**3 / statistics.median(seconds(lambda: a @ a) for _ in range(2 * REPEATS))
+    peak = 2 * 2048**3 / median(timed(torch.mm, a, a)[1] for _ in range(2 * REPEATS))
+    row("limit", setup.name, f"{what}; a matrix product: {peak / 1e9:.0f}", [operations / 1e9 / s for s in seconds], "GFLOP/s",
+        operations / median(seconds) / peak, threads=setup.threads)
 
 
 # ------------------------------------------------------------------------------------------------------ rollouts and steps
 
 def rollouts(setup):
-    """Useful tokens per second: those up to and including the first end token."""
+    """Useful tokens are those up to and including the first end token."""
     torch.set_num_threads(setup.threads)
-    model, args, eos = setup.model, setup.args, setup.tokenizer.eos_token_id
-    prompts, G, rng = [problem.prompt for problem in setup.problems], args.group_size, torch.Generator().manual_seed(0)
-    config = transformers.GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=args.max_new_tokens,
+    model, G, longest, eos = setup.model, setup.args.group_size, setup.args.max_new_tokens, setup.tokenizer.eos_token_id
+    prompts, rng = [problem.prompt for problem in setup.problems], torch.Generator().manual_seed(0)
+    config = transformers.GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=longest,
                                            num_return_sequences=G, eos_token_id=eos, pad_token_id=setup.tokenizer.pad_token_id)
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # Left to itself on a CPU it makes a cache as large as memory allows and is fifty times slower: size it to the work.
-    pages = len(prompts) * G * (-(-(width + args.max_new_tokens) // 32) + 1)
-    batching = transformers.ContinuousBatchingConfig(page_size=32, num_blocks=pages, max_batch_tokens=max(256, len(prompts) * G))
+    ids, mask = (torch.tensor([[0] * (width - len(prompt)) + [fill or token for token in prompt] for prompt in prompts])
+                 for fill in (0, 1))
+    # On a CPU its own choice is a cache as large as memory, in which a token takes seconds: size the cache to the work.
+    batching = transformers.ContinuousBatchingConfig(page_size=32, num_blocks=len(prompts) * G * ((width + longest) // 32 + 2),
+                                                     max_batch_tokens=max(256, len(prompts) * G))
 
     def ours():
-        return int(ts.sample(model, prompts, G, args.max_new_tokens, [eos], rng).mask.sum())
+        return int(ts.sample(model, prompts, G, longest, [eos], rng).mask.sum())
 
     def generate():
         ended = (model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:] == eos).long()
         return int((ended.cumsum(1) - ended == 0).sum())
 
     def generate_batch():
-        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
-        assert len(outputs) == len(prompts) * G, "generate_batch lost completions"
-        return sum(len(output.generated_tokens) for output in outputs.values())
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching).values()
+        assert len(outputs) == len(prompts) * G and not any(output.error for output in outputs)
+        return sum(len(output.generated_tokens) for output in outputs)
 
-    def rate(work):
-        started = time.perf_counter()
-        return work() / (time.perf_counter() - started)
-
-    rates = take_turns({work.__name__: lambda work=work: rate(work) for work in (ours, generate, generate_batch)})
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    lengths = ts.sample(model, prompts, G, args.max_new_tokens, [eos], rng).mask.sum(1).float()
-    where = f"{len(prompts)} x {G}, length {lengths.mean():.0f}, at most {args.max_new_tokens}"
-    for name, target in (("ours", ""), ("generate", ">= 2.5"), ("generate_batch", ">= 1.2")):
-        row("rollout", setup.name, f"{name} ({where})" if name == "ours" else name, median[name], "tokens/s", median["ours"] / median[name],
-            target, setup.threads, REPEATS, spread(rates[name]))
-    tokens, prompt_tokens = float(lengths.sum()), sum(map(len, prompts))
-    limit(setup, "rollout", flops(setup, prompt_tokens, tokens) / tokens * median["ours"])
-
-
-def limit(setup, what, achieved):
-    peak = matrix_product(setup.threads)
-    row("limit", setup.name, f"{what}, of a matrix product's {peak / 1e9:.0f}", achieved / 1e9, "GFLOP/s", achieved / peak, "", setup.threads, REPEATS)
-
-
-def our_step(setup, optimizer, step):
-    """Runs one training step; returns its metrics and the seconds of its rollout."""
-    original, spent = ts.sample, []
-
-    def timed(*args, **kwargs):
-        started = time.perf_counter()
-        result = original(*args, **kwargs)
-        spent.append(time.perf_counter() - started)
-        return result
-
-    ts.sample = timed
-    try:
-        metrics = ts.train_step(setup.args, "etr", 0, step, setup.model, setup.tokenizer, optimizer, setup.problems)[0]
-    finally:
-        ts.sample = original
-    return metrics, sum(spent)
+    rounds = [[timed(work) for work in (ours, generate, generate_batch)] for _ in range(REPEATS + 1)]
+    del rounds[0]  # it was for warming up
+    rates = [[tokens / seconds for tokens, seconds in runs] for runs in zip(*rounds)]
+    tokens = median(runs[0][0] for runs in rounds)
+    size = f" ({len(prompts)} x {G}, {tokens / len(prompts) / G:.0f} tokens of at most {longest})"
+    for name, target, rate in zip(("ours" + size, "generate", "generate_batch"), ("", ">= 2.5", ">= 1.2"), rates):
+        row("rollout", setup.name, name, rate, "tokens/s", median(rates[0]) / median(rate), target, setup.threads)
+    limit(setup, "rollout", tokens, [tokens / rate for rate in rates[0]])
 
 
 def steps(setup):
-    """One training step of ours and of TRL in turn: TRL's trainer runs, and we step in its callback, outside its clock."""
+    """TRL's trainer runs, and after each of its steps we take one of ours, outside its clock."""
     torch.set_num_threads(setup.threads)
-    args, ours, theirs, rollout, clock = setup.args, [], [], [], [0.0]
-    P, G, T = args.prompts_per_step, args.group_size, args.max_new_tokens
-    cuts = min(ts.MINIBATCHES, P)
-    optimizer, ts.grade = ts.make_optimizer(setup.model), parity
+    args, optimizer, ts.grade = setup.args, ts.make_optimizer(setup.model), parity
+    P, G, cuts = args.prompts_per_step, args.group_size, min(ts.MINIBATCHES, args.prompts_per_step)
+    ours, rollout, theirs, started, sample = [], [], [], 0.0, ts.sample
 
-    def step_ours():
-        metrics, sampling = our_step(setup, optimizer, len(ours) + 1)
-        ours.append(metrics["seconds"])
-        rollout.append(sampling)
-        return metrics
+    def timed_sample(*args, **named):
+        result, seconds = timed(lambda: sample(*args, **named))
+        rollout.append(seconds)
+        return result
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, _, state, *rest, **more):
+            nonlocal started
+            if state.global_step % UPDATES == 0:
+                started = time.perf_counter()
+
+        def on_step_end(self, _, state, *rest, **more):
+            if state.global_step % UPDATES == 0:
+                theirs.append(time.perf_counter() - started)
+                step()
+
+    def step():
+        ts.sample = timed_sample
+        ours.append(ts.train_step(args, "etr", 0, len(ours) + 1, setup.model, setup.tokenizer, optimizer, setup.problems)[0])
+        ts.sample = sample
 
     try:
         import datasets
         import trl
     except ImportError:
-        print("trl is not installed: its training step is left out")
+        print("trl is not installed, so its step is left out")
         for _ in range(REPEATS + 1):
-            metrics = step_ours()
+            step()
     else:
-        class Turns(transformers.TrainerCallback):
-            def on_step_begin(self, _, state, *rest, **more):
-                if state.global_step % UPDATES == 0:
-                    clock[0] = time.perf_counter()
-
-            def on_step_end(self, _, state, *rest, **more):
-                nonlocal metrics
-                if state.global_step % UPDATES == 0:
-                    theirs.append(time.perf_counter() - clock[0])
-                    metrics = step_ours()
-
-        metrics = None
         with tempfile.TemporaryDirectory() as folder:
             config = trl.GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=P * G // cuts, steps_per_generation=cuts, num_iterations=UPDATES // cuts,
-                num_generations=G, max_completion_length=T, max_steps=UPDATES * (REPEATS + 1), learning_rate=args.learning_rate,
-                lr_scheduler_type="constant", temperature=1.0, top_k=0, top_p=1.0, beta=0.0, epsilon=0.2, loss_type="dapo",
-                bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True, shuffle_dataset=False, dataloader_pin_memory=False)
+                output_dir=folder, per_device_train_batch_size=P * G // cuts, steps_per_generation=cuts, num_generations=G,
+                num_iterations=UPDATES // cuts, max_completion_length=args.max_new_tokens, max_steps=UPDATES * (REPEATS + 1),
+                learning_rate=args.learning_rate, lr_scheduler_type="constant", beta=0.0, bf16=False, gradient_checkpointing=False,
+                use_cpu=True, dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no",
+                disable_tqdm=True)
             trainer = trl.GRPOTrainer(
                 model=setup.model, args=config, processing_class=setup.tokenizer, callbacks=[Turns()],
                 reward_funcs=lambda completions, **_: [parity("", text, "") for text in completions],
                 train_dataset=datasets.Dataset.from_dict(dict(prompt=[problem.question for problem in setup.problems])))
+            trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         setup.model.eval()
-    ours, rollout, theirs = ours[1:], rollout[1:], theirs[1:]
-    median, what = statistics.median(ours), f"{P} x {G}, {metrics['completion_length_mean']:.0f} tokens, {UPDATES} updates"
-    row("step", setup.name, f"ours ({what})", median, "s", 1.0, "", setup.threads, REPEATS, spread(ours))
+    seconds, length = ([metrics[name] for metrics in ours[1:]] for name in ("seconds", "completion_length_mean"))
+    length = median(length)
+    row("step", setup.name, f"ours ({P} x {G}, {length:.0f} tokens, {UPDATES} updates)", seconds, "s", 1.0, threads=setup.threads)
     if theirs:
-        row("step", setup.name, "TRL GRPOTrainer", statistics.median(theirs), "s", statistics.median(theirs) / median, ">= 2", setup.threads,
-            REPEATS, spread(theirs))
+        ratio = median(theirs[1:]) / median(seconds)
+        row("step", setup.name, "TRL's GRPOTrainer", theirs[1:], "s", ratio, ">= 2", setup.threads)
 
-    rewards = (torch.rand(P, G) < 0.5).float()
-    def bounds():
-        advantages = etr.group_advantages(rewards)
-        etr.elastic_clip_bounds(advantages, etr.variance_budgets(rewards))
-    own = statistics.median(seconds(bounds) for _ in range(100))
-    row("step", setup.name, "ETR's advantages, budgets and bounds", own, "s", own / median, "<= 0.01", setup.threads, 100)
-    updating = statistics.median(total - sampling for total, sampling in zip(ours, rollout))
-    tokens, prompt_tokens = metrics["completion_length_mean"] * P * G, sum(len(problem.prompt) for problem in setup.problems)
-    limit(setup, "update", 3 * flops(setup, prompt_tokens, tokens) * UPDATES / cuts / updating)
+    def bounds(rewards):
+        return etr.elastic_clip_bounds(etr.group_advantages(rewards), etr.variance_budgets(rewards))
+
+    own = [timed(bounds, torch.arange(P * G).view(P, G) % 3 / 2)[1] for _ in range(20 * REPEATS)]
+    ratio = median(own) / median(seconds)
+    row("step", setup.name, "ETR's own: advantages, budgets, bounds", own, "s", ratio, "<= 0.01", setup.threads)
+    limit(setup, "update", length * P * G, [s - r for s, r in zip(seconds, rollout[1:])], passes=3 * UPDATES // cuts)
 
 
 # ------------------------------------------------------------------------------------------------------- memory and growth
@@ -266,19 +220,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def alone(work, *args):
-    """Calls work(*args) in a process of its own, that has loaded the libraries and nothing else."""
+def alone(work, *args, **named):
+    """Calls it in a process of its own that has loaded the libraries and done nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "train_small"])
     with context.Pool(1) as pool:
-        return pool.apply(work, args)
+        return pool.apply(work, args, named)
 
 
-def loss_cost(vocabulary, whole, threads, length):
-    """(seconds, bytes above what the model takes) of loss and gradient for 32 completions. The model has no layers: only a head."""
+def loss_cost(whole, vocabulary, length, threads):
+    """(seconds, bytes on top of the model and its gradients) for 32 completions of a model that has a head and no layers."""
     torch.set_num_threads(threads)
-    setup = random_model("", threads, 4, 8, (8, 8), math.inf, length, vocab_size=vocabulary, hidden_size=576, intermediate_size=576,
-                         num_hidden_layers=0, num_attention_heads=9)
+    setup = random_model(threads, 4, 8, (8, 8), math.inf, length, vocab_size=vocabulary, hidden_size=576, num_hidden_layers=0)
     setup.args.micro_batch_tokens = 10**9
     prompts = [problem.prompt for problem in setup.problems for _ in range(8)]
     tokens, mask = torch.randint(2, vocabulary, (32, length)), torch.ones(32, length, dtype=torch.bool)
@@ -286,123 +239,113 @@ def loss_cost(vocabulary, whole, threads, length):
     for parameter in setup.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
-    def backward(logprobs, i):
+    def backward(i, logprobs):
         etr.surrogate_loss(logprobs, old[i], A[i], 0.2, 0.2, mask[i], denominator=mask.sum())[0].backward()
 
-    before, started = peak_memory(), time.perf_counter()
-    if whole:
-        hidden = setup.model.base_model(torch.cat([torch.tensor(prompts), tokens], 1)).last_hidden_state[:, 7:-1]
-        logprobs = setup.model.get_output_embeddings()(hidden).log_softmax(-1)
-        backward(logprobs.gather(-1, tokens[..., None])[..., 0], torch.arange(32))
-    else:
-        for i, logprobs in ts.score_in_pieces(setup.args, setup.model, prompts, range(32), tokens, mask):
-            backward(logprobs, i)
-    return time.perf_counter() - started, peak_memory() - before
+    def run():
+        if whole:
+            hidden = setup.model.base_model(torch.cat([torch.tensor(prompts), tokens], 1)).last_hidden_state[:, 7:-1]
+            logprobs = setup.model.get_output_embeddings()(hidden).log_softmax(-1)
+            backward(torch.arange(32), logprobs.gather(-1, tokens[..., None])[..., 0])
+        else:
+            for i, logprobs in ts.score_in_pieces(setup.args, setup.model, prompts, range(32), tokens, mask):
+                backward(i, logprobs)
+
+    before = peak_memory()
+    return timed(run)[1], peak_memory() - before
 
 
-def losses(threads, length=256):
-    for vocabulary in (49152, 151936):
-        results = {True: [], False: []}
-        for _ in range(LOSS_REPEATS if vocabulary < 1e5 else 1):
-            for whole in results:
-                results[whole].append(alone(loss_cost, vocabulary, whole, threads, length))
-        time_of, memory = ({whole: statistics.median(r[i] for r in results[whole]) for whole in results} for i in (0, 1))
-        model, n = f"V={vocabulary}", len(results[True])
-        row("loss", model, f"memory, ours (32 x {length} tokens)", memory[False] / 2**30, "GiB", memory[False] / memory[True], "<= 0.067", threads, n)
-        row("loss", model, "memory, whole logits", memory[True] / 2**30, "GiB", 1.0, "", threads, n)
-        row("loss", model, "time, ours", time_of[False], "s", time_of[False] / time_of[True], "<= 1", threads, n, spread([r[0] for r in results[False]]))
-        row("loss", model, "time, whole logits", time_of[True], "s", 1.0, "", threads, n, spread([r[0] for r in results[True]]))
+def losses(threads, vocabulary, repeats, length=256):
+    rounds = [[alone(loss_cost, whole, vocabulary, length, threads) for whole in (False, True)] for _ in range(repeats)]
+    for at, what, unit, factor, target in ((1, "peak memory", "GiB", 2**-30, "<= 0.067"), (0, "time", "s", 1, "<= 1")):
+        ours, whole = ([cost[at] * factor for cost in costs] for costs in zip(*rounds))
+        V, ratio = f"V={vocabulary}", median(ours) / median(whole)
+        row("loss", V, f"{what}, ours (32 x {length} tokens)", ours, unit, ratio, target, threads)
+        row("loss", V, f"{what}, all logits kept", whole, unit, 1.0, threads=threads)
 
 
 def step_cost(G, length, vocabulary):
-    """(median seconds, bytes above what the model takes) of training steps in which all completions have this length."""
+    """(seconds of each step, bytes on top of the model) for completions that all have this length; one thread."""
     torch.set_num_threads(1)
-    setup = random_model("", 1, 4, G, (16, 32), math.inf, length, vocab_size=vocabulary, hidden_size=64, intermediate_size=192,
+    setup = random_model(1, 4, G, (16, 32), math.inf, length, vocab_size=vocabulary, hidden_size=64, intermediate_size=192,
                          num_hidden_layers=2, num_attention_heads=4)
     ts.grade, optimizer, before = parity, ts.make_optimizer(setup.model), peak_memory()
-    return statistics.median(our_step(setup, optimizer, step)[0]["seconds"] for step in range(1, GROWTH_REPEATS + 2)), peak_memory() - before
-
-
-GROWTH = {"G": (0, [8, 16, 32, 64]), "length": (1, [32, 64, 128, 256]), "vocabulary": (2, [6144, 12288, 24576, 49152])}
-BASE = (8, 64, 4096)
+    seconds = [ts.train_step(setup.args, "etr", 0, step, setup.model, setup.tokenizer, optimizer, setup.problems)[0]["seconds"]
+               for step in range(REPEATS + 1)]
+    return seconds[1:], peak_memory() - before
 
 
 def growth():
-    for name, (place, values) in GROWTH.items():
-        costs = [alone(step_cost, *BASE[:place], value, *BASE[place + 1:]) for value in values]
-        for what, unit, measured in (("seconds", "s", [c[0] for c in costs]), ("memory", "MiB", [c[1] / 2**20 for c in costs])):
-            logs = [[math.log(x) for x in xs] for xs in (values, measured)]
-            slope = statistics.linear_regression(*logs).slope
-            for value, cost in zip(values, measured):
-                row("growth", f"{name}={value}", what, cost, unit, cost / measured[0], "", 1, GROWTH_REPEATS)
-            row("growth", name, f"{what}, slope", slope, "log/log", None, "<= 1", 1, GROWTH_REPEATS)
+    for name, sizes in GROWTH.items():
+        costs = [alone(step_cost, **dict(BASE, **{name: size})) for size in sizes]
+        seconds, memory = [cost[0] for cost in costs], [[cost[1] / 2**20] for cost in costs]
+        for what, unit, runs in (("seconds", "s", seconds), ("memory", "MiB", memory)):
+            medians = [median(run) for run in runs]
+            for size, run in zip(sizes, runs):
+                row("growth", f"{name}={size}", f"{what} of a step", run, unit, median(run) / medians[0])
+            slope = linear_regression([math.log(x) for x in sizes], [math.log(x) for x in medians]).slope
+            row("growth", name, f"{what}, slope", [slope], "", target="<= 1")
 
 
-# ------------------------------------------------------------------------------------------------------------ GPU and plot
+# ------------------------------------------------------------------------------------------------------- GPU, plot, main
 
-def on_gpu():
-    """Decoding on a GPU: tokens per second by G, and weight bytes read per second as a share of what a large copy moves."""
-    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-
-    def copy():
-        block.clone()
-        torch.cuda.synchronize()
-
-    bandwidth = 2 * block.numel() / statistics.median(seconds(copy) for _ in range(2 * REPEATS))
-    setup = smollm2(8, 8, (32, 64), math.inf, 128)
-    model, rng = setup.model.cuda(), torch.Generator("cuda").manual_seed(0)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+def decoding(device):
+    """Tokens per second by G, and the weights' bytes read per second as a share of what a large copy moves."""
+    wait = getattr(torch, device).synchronize
+    block = torch.empty(2**30, dtype=torch.uint8, device=device)
+    bandwidth = 2 * block.numel() / median(timed(lambda: (block.clone(), wait()))[1] for _ in range(2 * REPEATS))
+    setup, rng = random_model(1, 8, 8, (32, 64), math.inf, 128, **SMOLLM2), torch.Generator(device).manual_seed(0)
+    model, prompts = setup.model.to(device), [problem.prompt for problem in setup.problems]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for G in (8, 16, 32, 64):
-        spent = [seconds(lambda: ts.sample(model, [p.prompt for p in setup.problems], G, 128, [1], rng).mask.sum().item())
-                 for _ in range(REPEATS + 1)][1:]
-        median = statistics.median(spent)
-        row("gpu", "135M", f"rollout, 8 x {G}, length 128", 8 * G * 128 / median, "tokens/s", None, "", 0, REPEATS)
-        row("gpu", "135M", f"weights read, of a copy's {bandwidth / 1e9:.0f}", weights * 128 / median / 1e9, "GB/s",
-            weights * 128 / median / bandwidth, "", 0, REPEATS)
+        seconds = [timed(lambda: (ts.sample(model, prompts, G, 128, [1], rng), wait()))[1] for _ in range(REPEATS + 1)][1:]
+        row("gpu", "135M", f"rollout, 8 x {G}, 128 tokens", [8 * G * 128 / s for s in seconds], "tokens/s")
+        row("gpu", "135M", f"weights read; a copy: {bandwidth / 1e9:.0f}", [weights * 128 / s / 1e9 for s in seconds], "GB/s",
+            weights * 128 / median(seconds) / bandwidth)
 
 
 def draw():
-    pick = lambda part, model: [r for r in rows if r["part"] == part and r["model"] == model]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
-    for axis, part, names, unit in ((axes[0, 0], "rollout", ["ours", "generate", "generate_batch"], "useful tokens/s, ours = 1"),
-                                    (axes[0, 1], "step", ["ours", "TRL GRPOTrainer"], "time of a training step, ours = 1")):
-        for at, model in enumerate(["built-in", "135M"]):
-            for i, line in enumerate(pick(part, model)[:len(names)]):
-                ratio = 1 / float(line["ratio"]) if part == "rollout" else float(line["ratio"])
-                axis.bar(at + 0.27 * i, ratio, 0.25, color=([OURS] + THEIRS)[i], label=names[i] if at == 0 else None)
-                axis.text(at + 0.27 * i, ratio, f"{float(line['value']):.3g}", ha="center", va="bottom", fontsize=12)
-        axis.set_xticks([0.135 * (len(names) - 1) + at for at in (0, 1)], ["built-in model", "135M"])
-        axis.set_ylabel(unit, fontsize=13)
+    colors = ["#D55E00", "#000000", "#0072B2"]
+    figure, axes = ts.plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
+
+    def bars(axis, part, models, names, labels, title, ylabel):
+        for at, model in enumerate(models):
+            values = [float(line["value"]) for line in table if (line["part"], line["model"]) == (part, model)]
+            for i, (name, value) in enumerate(zip(names, values)):
+                x = at + 0.85 * i / len(names)
+                axis.bar(x, value, 0.8 / len(names), color=colors[i], label=name if at == 0 else None)
+                axis.text(x, value, f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", ha="center", va="bottom", fontsize=12)
+        axis.set_xticks([at + 0.425 * (1 - 1 / len(names)) for at in range(len(models))], labels)
+        axis.set_title(title, fontsize=14)
+        axis.set_ylabel(ylabel, fontsize=13)
         axis.legend(fontsize=12, frameon=False)
-    axes[0, 0].set_title("Rollouts: useful tokens per second", fontsize=14)
-    axes[0, 1].set_title("Training step: seconds", fontsize=14)
-    for at, vocabulary in enumerate((49152, 151936)):
-        for i, line in enumerate(pick("loss", f"V={vocabulary}")[:2]):
-            axes[0, 2].bar(at + 0.3 * i, float(line["value"]), 0.28, color=(OURS, THEIRS[0])[i], label=(("ours", "whole logits")[i] if at == 0 else None))
-            axes[0, 2].text(at + 0.3 * i, float(line["value"]), f"{float(line['value']):.2g}", ha="center", va="bottom", fontsize=12)
-    axes[0, 2].set_xticks([0.15, 1.15], ["V = 49,152", "V = 151,936"])
-    axes[0, 2].set_ylabel("GiB for 32 x 256 tokens", fontsize=13)
-    axes[0, 2].set_title("Loss and gradient: peak memory", fontsize=14)
-    axes[0, 2].legend(fontsize=12, frameon=False)
-    colors = dict(zip(GROWTH, ["#D55E00", "#0072B2", "#009E73"]))
+
+    both, labels = ["built-in", "135M"], ["built-in model", "135M"]
+    bars(axes[0, 0], "rollout", both, ["ours", "generate", "generate_batch"], labels, "Rollouts", "useful tokens per second")
+    axes[0, 0].set_yscale("log")
+    bars(axes[0, 1], "step", both, ["ours", "TRL"], labels, "A training step", "seconds")
+    bars(axes[0, 2], "loss", ["V=49152", "V=151936"], ["ours", "all logits kept"], ["V = 49,152", "V = 151,936"],
+         "Loss and its gradient", "peak memory (GiB), 32 x 256 tokens")
     for axis, what in ((axes[1, 0], "seconds"), (axes[1, 1], "memory")):
-        for name, (_, values) in GROWTH.items():
-            costs = [float(r["ratio"]) for r in rows if r["part"] == "growth" and r["model"].startswith(f"{name}=") and r["what"] == what]
-            slope = next(float(r["value"]) for r in rows if r["model"] == name and r["what"] == f"{what}, slope")
-            axis.plot([value / values[0] for value in values], costs, "o-", color=colors[name], lw=2.5, label=f"{name}: slope {slope:.2f}")
+        for name, color in zip(GROWTH, colors):
+            lines = [line for line in table if line["model"].split("=")[0] == name and what in line["what"]]
+            *costs, slope = [float(line["value"]) for line in lines]
+            axis.plot([x / GROWTH[name][0] for x in GROWTH[name]], [cost / costs[0] for cost in costs], "o-", color=color, lw=2.5, label=f"{name}: slope {slope:.2f}")
         axis.plot([1, 8], [1, 8], ls="--", color="#777777", label="linear")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        ticks = [1, 2, 4, 8]
+        axis.set(xscale="log", yscale="log", xticks=ticks, xticklabels=ticks, yticks=ticks, yticklabels=ticks)
+        axis.minorticks_off()
         axis.set_xlabel("size, smallest = 1", fontsize=13)
         axis.set_ylabel("cost, smallest = 1", fontsize=13)
-        axis.set_title(f"A training step's {what}", fontsize=14)
+        axis.set_title(f"How the {what} of a step grow" + "s" * (what == "memory"), fontsize=14)
         axis.legend(fontsize=12, frameon=False)
-    lines = [r for r in rows if r["part"] == "limit"]
-    axes[1, 2].barh([f"{r['model']}, {r['what'].split(',')[0]}" for r in lines], [100 * float(r["ratio"]) for r in lines], color=OURS)
-    for i, r in enumerate(lines):
-        axes[1, 2].text(100 * float(r["ratio"]), i, f" {float(r['value']):.3g} GFLOP/s", va="center", fontsize=12)
+    lines = [line for line in table if line["part"] == "limit"]
+    for i, line in enumerate(lines):
+        axes[1, 2].barh(i, 100 * float(line["ratio"]), color=colors[0])
+        axes[1, 2].text(100 * float(line["ratio"]), i, f" {float(line['value']):.3g} GFLOP/s", va="center", fontsize=12)
+    axes[1, 2].set_yticks(range(len(lines)), [f"{line['model']}, {line['what'].split(';')[0]}" for line in lines])
     axes[1, 2].set_xlim(0, 100)
-    axes[1, 2].set_xlabel("% of a large matrix product on the same cores", fontsize=13)
+    axes[1, 2].set_xlabel("% of a large matrix product's speed", fontsize=13)
     axes[1, 2].set_title("Against the machine's limit", fontsize=14)
     for axis in axes.flat:
         axis.tick_params(labelsize=12)
@@ -411,19 +354,21 @@ def draw():
 
 
 def main():
+    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    cores = torch.get_num_threads()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {cores} cores")
-    print(f"{'part':8s} {'model':10s} {'what':44s} {'value':>9s} {'unit':9s} {'ratio':>7s} {'target':9s} thr rep  min..max")
-    losses(cores)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads for the larger models\n")
+    print(" ".join(name.ljust(width) for name, width in COLUMNS.items()))
+    losses(threads, 49152, REPEATS)
+    losses(threads, 151936, 1)
     growth()
     small = built_in()
     rollouts(small)
     steps(small)
-    rollouts(smollm2(4, 8, (32, 64), 32, 96))
-    steps(smollm2(4, 4, (16, 32), 24, 64))
+    rollouts(random_model(threads, 4, 8, (24, 48), 24, 64, **SMOLLM2))
+    steps(random_model(threads, 4, 4, (16, 32), 24, 64, **SMOLLM2))
     if torch.cuda.is_available():
-        on_gpu()
+        decoding("cuda")
     draw()
 
 
