@@ -680,7 +680,7 @@ pieces = st.sampled_from(["12", "13", "####", "\\boxed{", "}", "{", "\\frac", "^
 
 
 @given(st.one_of(st.text(max_size=60), st.lists(pieces, max_size=14).map("".join)))
-@settings(max_examples=2000, deadline=2000, derandomize=True)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 def test_the_verifier_answers_any_text_with_0_or_1(text):
     for task in ("arithmetic", "gsm8k"):
         reward = ts.grade(task, text, "12")
@@ -688,7 +688,7 @@ def test_the_verifier_answers_any_text_with_0_or_1(text):
 
 
 @given(st.lists(pieces, max_size=14).map("".join))
-@settings(max_examples=200, deadline=2500, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_the_math_verifier_answers_any_box_with_0_or_1(text):
     assert ts.grade("math", f"\\boxed{{{text}}}", "\\frac{x}{7}") == 0.0
 

@@ -188,9 +188,9 @@ def steps(setup):
             config = trl.GRPOConfig(
                 output_dir=folder, per_device_train_batch_size=P * G // cuts, steps_per_generation=cuts, num_generations=G,
                 num_iterations=UPDATES // cuts, max_completion_length=args.max_new_tokens, max_steps=UPDATES * (REPEATS + 1),
-                learning_rate=args.learning_rate, lr_scheduler_type="constant", beta=0.0, bf16=False, gradient_checkpointing=False,
-                use_cpu=True, dataloader_pin_memory=False, report_to="none", save_strategy="no", logging_strategy="no",
-                disable_tqdm=True)
+                learning_rate=args.learning_rate, lr_scheduler_type="constant", beta=0.0, bf16=False, use_cpu=True,
+                gradient_checkpointing=False, dataloader_pin_memory=False, report_to="none", save_strategy="no",
+                logging_strategy="no", disable_tqdm=True)
             trainer = trl.GRPOTrainer(
                 model=setup.model, args=config, processing_class=setup.tokenizer, callbacks=[Turns()],
                 reward_funcs=lambda completions, **_: [parity("", text, "") for text in completions],
@@ -330,7 +330,8 @@ def draw():
         for name, color in zip(GROWTH, colors):
             lines = [line for line in table if line["model"].split("=")[0] == name and what in line["what"]]
             *costs, slope = [float(line["value"]) for line in lines]
-            axis.plot([x / GROWTH[name][0] for x in GROWTH[name]], [cost / costs[0] for cost in costs], "o-", color=color, lw=2.5, label=f"{name}: slope {slope:.2f}")
+            x, y = ([value / values[0] for value in values] for values in (GROWTH[name], costs))
+            axis.plot(x, y, "o-", color=color, lw=2.5, label=f"{name}: slope {slope:.2f}")
         axis.plot([1, 8], [1, 8], ls="--", color="#777777", label="linear")
         ticks = [1, 2, 4, 8]
         axis.set(xscale="log", yscale="log", xticks=ticks, xticklabels=ticks, yticks=ticks, yticklabels=ticks)

@@ -6,8 +6,9 @@
     python plots/evidence.py collect                    runs -> plots/*.csv
     python plots/evidence.py draw                       plots/*.csv -> plots/*.png, in seconds
 
-Stages. `map`: elasticities, other readings of the abstract and fixed clip radii, on tuning seeds. `final` and `ablation`: fresh
-seeds, by which nothing was chosen. All arms of a seed share the warm start and the prompts. Two processes may share the seeds.
+Stages. `map`: elasticities, other readings of the abstract and fixed clip radii, on tuning seeds. The others are on fresh seeds,
+by which nothing was chosen: `slow`, the better learning rate; `final`, twice that, with the controls; `ablation`, fewer seeds.
+All arms of a seed share the warm start and the prompts.
 """
 
 import argparse
@@ -83,12 +84,13 @@ train_small.draw = train_small.print_table = lambda *_: None  # the pictures of 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 RUNS = PLOTS.parent / "runs/evidence"
-SETTING = "--prompts-per-step=32 --group-size=8 --updates-per-step=16 --learning-rate=2e-4 --steps=24 --eval-every=6".split()
-Stage = namedtuple("Stage", "seeds arms")
+SETTING = "--prompts-per-step=32 --group-size=8 --updates-per-step=16 --steps=24 --eval-every=6".split()
+Stage = namedtuple("Stage", "seeds learning_rate arms")
 STAGES = {
-    "map": Stage([100, 101], [*POWERS.values(), *FORMS, *FIXED]),
-    "final": Stage([*range(10)], ["grpo", "etr", "fixed-0.4"]),
-    "ablation": Stage([*range(10)], ["fixed-0.1", "micro", "macro", "clip-higher"]),
+    "map": Stage([100, 101], 2e-4, [*POWERS.values(), *FORMS, *FIXED]),
+    "final": Stage([*range(10)], 2e-4, ["grpo", "etr", "fixed-0.4", "fixed-0.1"]),
+    "slow": Stage([*range(10)], 1e-4, ["grpo", "etr"]),
+    "ablation": Stage([0, 1, 5, 6], 2e-4, ["micro", "macro", "clip-higher"]),
 }
 
 
@@ -104,7 +106,8 @@ def train(stage, arm, seed):
             shutil.copy(RUNS / "warm" / name, out)
     undecided.clear()
     resume = ["--resume"] * (out / "config.json").exists()
-    code = train_small.main([*SETTING, "--algos", arm, "--seed", str(seed), "--out", str(out), *resume])
+    code = train_small.main([*SETTING, f"--learning-rate={STAGES[stage].learning_rate}", "--algos", arm, f"--seed={seed}",
+                             f"--out={out}", *resume])
     if code:
         sys.exit(code)
     for name in shared:
@@ -114,7 +117,7 @@ def train(stage, arm, seed):
 
 def sample_16(arm, seed):
     """pass@1 to pass@16 of a finished model on the test problems, for the figure of pass@k."""
-    out = RUNS / "final" / f"{arm}-{seed}"
+    out = RUNS / "slow" / f"{arm}-{seed}"
     if not (out / "pass16.json").exists():
         args, train_small.EVAL_SAMPLES = train_small.parse_args([*SETTING, "--out", str(out)]), 16
         model, tokenizer = train_small.load_model(args, seed)
@@ -126,11 +129,13 @@ def sample_16(arm, seed):
 
 def run(only=None, first=0, last=None):
     for name, stage in STAGES.items():
-        for seed in stage.seeds[int(first):last and int(last)] if name == (only or name) else []:
+        for seed in stage.seeds[int(first):last and int(last)] if name == (only or name) else ():
             for arm in stage.arms:
                 train(name, arm, seed)
-                if name == "final":
-                    sample_16(arm, seed)
+    if only in (None, "samples"):
+        for seed in STAGES["slow"].seeds[int(first):last and int(last)]:
+            for arm in STAGES["slow"].arms:
+                sample_16(arm, seed)
 
 
 # ------------------------------------------------------------------------------------------------------------------- csv
@@ -154,18 +159,19 @@ def load_csv(name):
 
 
 def collect():
-    """Only seeds of which every arm of the stage has finished."""
     ends, curves, classes = [], [], []
     mean = lambda lines, name: float(np.mean([line[name] for line in lines]))
-    outs = [(stage, arm, seed, RUNS / stage / f"{arm}-{seed}") for stage, (seeds, arms) in STAGES.items() for seed in seeds
-            if all((RUNS / stage / f"{arm}-{seed}/results.json").exists() for arm in arms) for arm in arms]
-    for stage, arm, seed, out in outs:
+    for stage, arm, seed in [(name, arm, seed) for name, stage in STAGES.items() for seed in stage.seeds for arm in stage.arms]:
+        out = RUNS / stage / f"{arm}-{seed}"
+        if not (out / "results.json").exists():
+            print(f"{out}: not run")
+            continue
         result = json.loads((out / "results.json").read_text())["arms"][arm][0]
         lines, counts = train_small.load_runs(out)[arm][seed], json.loads((out / "undecided.json").read_text())
         at = [line["step"] for line in lines if "eval_pass1" in line]
         sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0)[1:-1] for name in train_small.BY_CORRECT}
         tokens = sums["tokens_right"] + sums["tokens_wrong"]  # of informative groups, once per update
-        passk = json.loads((out / "pass16.json").read_text()) if stage == "final" else []
+        passk = json.loads((out / "pass16.json").read_text()) if (out / "pass16.json").exists() else []
         ends.append(dict(
             stage=stage, arm=arm, seed=seed,
             # area under the validation pass@1 curve divided by its length: the mean accuracy on the way
@@ -176,11 +182,12 @@ def collect():
             undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
             radius=float((sums["radius_squared"].sum() / tokens.sum())**0.5),  # root mean square on the side that acts
             seconds=result["seconds"], pass_1_to_16=" ".join(f"{value:.4f}" for value in passk)))
-        if stage == "final":
+        if stage in ("final", "slow"):
             for last, step in zip([0, *at], at):
                 window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
-                curves.append(dict(arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
+                curves.append(dict(stage=stage, arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
                                    **{name: mean(window, name) for name in ("reward_mean", "entropy")}))
+        if stage == "final":
             classes += [dict(arm=arm, seed=seed, k=k + 1, **{name: float(values[k]) for name, values in sums.items()})
                         for k in range(len(tokens))]
     for name, rows in (("ends", ends), ("curves", curves), ("classes", classes)):
@@ -261,39 +268,45 @@ def over(rows, arm, x, y):
     return list(curves.values())
 
 
-def dots(axis, rows, arms, name, title):
-    """The paired difference of each arm from GRPO, with its interval; returns how many intervals exclude zero."""
-    for y, arm in enumerate(arms[::-1]):
-        mean, half = difference(rows, arm, name)
+def dots(axis, entries, name, title):
+    """Paired differences from GRPO with their intervals; entries: (label, rows, arm). Returns how many exclude zero."""
+    gaps = [difference(rows, arm, name) for _, rows, arm in entries]
+    for y, ((mean, half), (_, _, arm)) in enumerate(zip(gaps, entries)):
         axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
         axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=13,
                       color=ARMS[arm].color, bbox=dict(fc="white", ec="none", pad=1))
     axis.axvline(0, color="#000000", lw=1)
-    axis.margins(x=0.15)
+    axis.margins(x=0.2)
     panel(axis, title, "points against GRPO", "")
-    axis.set_yticks(range(len(arms)), [f"{arm}\nn = {len(column(rows, arm, name))}" for arm in arms[::-1]])
-    axis.set_ylim(-0.5, len(arms) - 0.4)
-    return sum(abs(mean) > half for mean, half in (difference(rows, arm, name) for arm in arms))
+    axis.set_yticks(range(len(entries)), [f"{label}\nn = {len(column(rows, arm, name))}" for label, rows, arm in entries])
+    axis.set_ylim(len(entries) - 0.5, -0.6)
+    return sum(abs(mean) > half for mean, half in gaps)
 
 
-def draw_curves(rows, curves, n):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    panels = ("pass1", "Held-out accuracy", "pass@1"), ("entropy", "Policy entropy", "nats per token")
-    for axis, (name, title, ylabel) in zip(axes, panels):
-        ends = {arm: band(axis, arm, over(curves, arm, "step", name)) for arm in ("grpo", "etr")}
-        panel(axis, title, "step (rollout batch of 256)", ylabel)
-        label_ends(axis, ends)
-    save(figure, "curves", f"ETR against GRPO over the whole curve: {say(*difference(rows, 'etr', 'auc'))} of pass@1",
-         f"{n} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), title of the paired difference")
+def draw_curves(stage, curves):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    for pair, name in zip(axes, ("slow", "final")):
+        rate = f"learning rate {STAGES[name].learning_rate:g}"
+        for axis, y, ylabel in zip(pair, ("pass1", "entropy"), ("held-out pass@1", "entropy (nats per token)")):
+            part = [row for row in curves if row["stage"] == name]
+            ends = {arm: band(axis, arm, over(part, arm, "step", y)) for arm in ("grpo", "etr")}
+            panel(axis, rate, "step (rollout batch of 256)", ylabel)
+            label_ends(axis, ends)
+    slow, fast = (say(*difference(stage[name], "etr", "auc"), "") for name in ("slow", "final"))
+    save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {slow} and {fast} points",
+         f"{len(column(stage['slow'], 'etr', 'auc'))} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), "
+         "title of the paired difference")
 
 
-def draw_differences(rows):
-    arms = ["etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4"]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 6.2), sharey=True, layout="constrained")
-    titles = dict(pass1_after="pass@1 at the end", auc="mean pass@1 on the way", greedy_after="greedy at the end")
-    clear = sum(dots(axis, rows, arms, column, title) for axis, (column, title) in zip(axes, titles.items()))
-    save(figure, "differences", f"{clear} of {3 * len(arms)} differences from GRPO exceed their 95 % interval",
-         f"n paired seeds, 95 % t-intervals of the paired difference, not corrected for {3 * len(arms)} comparisons")
+def draw_differences(stage):
+    fast = stage["final"] + stage["ablation"]
+    entries = [("etr, lr 1e-4", stage["slow"], "etr"), ("etr", fast, "etr"),
+               *((arm, fast, arm) for arm in ("fixed-0.1", "fixed-0.4", "micro", "macro", "clip-higher"))]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 7), sharey=True, layout="constrained")
+    titles = dict(auc="mean pass@1 on the way", pass1_after="pass@1 at the end", greedy_after="greedy at the end")
+    clear = sum(dots(axis, entries, name, title) for axis, (name, title) in zip(axes, titles.items()))
+    save(figure, "differences", f"{clear} of {3 * len(entries)} differences from GRPO exceed their 95 % interval",
+         f"n paired seeds, lr 2e-4 unless named; 95 % t-intervals, not corrected for {3 * len(entries)} comparisons")
 
 
 def entropy_at(path, level):
@@ -303,29 +316,33 @@ def entropy_at(path, level):
 
 
 def draw_trade(curves):
-    figure, axis = plt.subplots(figsize=(10, 5.6), layout="constrained")
-    path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")}
-    for row in curves:
-        if row["arm"] in path:
-            path[row["arm"]].setdefault(row["seed"], []).append((row["reward_mean"], row["entropy"]))
-    for arm, runs in path.items():
-        axis.plot(*np.mean(list(runs.values()), 0).T, "o-", color=ARMS[arm].color, lw=2.5, ms=6)
-    panel(axis, "", "accuracy of the rollouts", "entropy (nats per token)")
-    label_ends(axis, {arm: tuple(np.mean(list(runs.values()), 0)[-1]) for arm, runs in path.items()})
-    gaps = []
-    for seed, grpo in path["grpo"].items():
-        level = min(max(grpo)[0], max(path["etr"][seed])[0])  # the best accuracy that both reach
-        gaps.append(1000 * (entropy_at(path["etr"][seed], level) - entropy_at(grpo, level)))
-    save(figure, "trade", f"At equal accuracy, ETR against GRPO: {say(*interval(gaps), ' millinats')} of entropy",
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+    titles = []
+    for axis, stage in zip(axes, ("slow", "final")):
+        path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")[:2 + (stage == "final")]}
+        for row in curves:
+            if row["stage"] == stage and row["arm"] in path:
+                path[row["arm"]].setdefault(row["seed"], []).append((row["reward_mean"], row["entropy"]))
+        means = {arm: np.mean(list(runs.values()), 0) for arm, runs in path.items()}
+        for arm, mean in means.items():
+            axis.plot(*mean.T, "o-", color=ARMS[arm].color, lw=2.5, ms=6)
+        panel(axis, f"learning rate {STAGES[stage].learning_rate:g}", "accuracy of the rollouts", "entropy (nats per token)")
+        label_ends(axis, {arm: tuple(mean[-1]) for arm, mean in means.items()})
+        gaps = []
+        for grpo, ours in zip(path["grpo"].values(), path["etr"].values()):
+            level = min(max(grpo)[0], max(ours)[0])  # the best accuracy that both reach
+            gaps.append(1000 * (entropy_at(ours, level) - entropy_at(grpo, level)))
+        titles.append(say(*interval(gaps), ""))
+    save(figure, "trade", f"Entropy at equal accuracy, ETR against GRPO: {titles[0]} and {titles[1]} millinats",
          f"warm start and means of 6 steps, over {len(gaps)} paired seeds; title: at the best accuracy both reach, 95 % t")
 
 
 def draw_pass_at_k(rows):
-    curve = lambda arm: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, "pass_1_to_16").items()}
+    curve = lambda arm: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, "pass_1_to_16").items() if text}
     grpo, ks = curve("grpo"), range(1, 17)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     ends, gaps = {}, {}
-    for arm in ("grpo", "etr", "fixed-0.4"):
+    for arm in ("grpo", "etr"):
         curves = curve(arm)
         ends[arm] = band(axes[0], arm, [dict(zip(ks, values)) for values in curves.values()])
         if arm != "grpo":
@@ -343,10 +360,10 @@ def draw_pass_at_k(rows):
          f"{len(grpo)} paired seeds, 200 test problems, 16 samples of each, bands: 95 % t-interval")
 
 
-def draw_mechanism(classes, n):
+def draw_mechanism(classes):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     ks = sorted({row["k"] for row in classes})
-    table = lambda arm, name: np.array([row[name] for row in classes if row["arm"] == arm]).reshape(n, -1)  # (seeds, k)
+    table = lambda arm, name: np.array([row[name] for row in classes if row["arm"] == arm]).reshape(-1, len(ks))  # (seeds, k)
     ends, share = [{}, {}, {}, {}], {}
     for arm in ("grpo", "etr"):
         tokens = table(arm, "tokens_right") + table(arm, "tokens_wrong")
@@ -365,7 +382,7 @@ def draw_mechanism(classes, n):
     budget, kl = (say(*interval(share["etr", name] - share["grpo", name])) for name in ("radius_squared", "kl"))
     save(figure, "mechanism",
          f"ETR at pass rates 3/8 to 5/8: share of budget {budget}, of KL {kl}",
-         f"{n} paired seeds, all steps and updates; 95 % t-intervals: bands of the mean, title of the difference from GRPO")
+         f"{len(tokens)} paired seeds, all updates; 95 % t-intervals: bands of the mean, title of the difference from GRPO")
 
 
 def draw_map(rows):
@@ -398,12 +415,11 @@ def draw_map(rows):
 def draw():
     rows, curves, classes = load_csv("ends"), load_csv("curves"), load_csv("classes")
     stage = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
-    n = len(column(stage["final"], "grpo", "auc"))
-    draw_curves(stage["final"], curves, n)
-    draw_differences(stage["final"] + stage["ablation"])
+    draw_curves(stage, curves)
+    draw_differences(stage)
     draw_trade(curves)
-    draw_pass_at_k(stage["final"])
-    draw_mechanism(classes, n)
+    draw_pass_at_k(stage["slow"])
+    draw_mechanism(classes)
     draw_map(stage["map"])
 
 
