@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import csv
 import doctest
 import itertools
 import json
@@ -933,6 +934,23 @@ def test_the_readme_names_commands_flags_tests_and_files_that_exist():
         assert any(name.startswith(start) for name in names), start
     for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r"(?:python|`)\s*((?:plots/)[\w.]+)", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readme_results_are_computed_from_the_committed_runs():
+    with open(ROOT / "plots/ends.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    stages = {"1e-4": ["slow"], "2e-4": ["final", "ablation"]}
+    lines = re.findall(r"^\| ([\w.-]+)(?:, absolute)? \| (\de-\d) \| (\d+) \| (.*) \|$", README, re.M)
+    assert len(lines) == 9
+    for arm, rate, n, cells in lines:
+        for column, cell in zip(("pass1_after", "auc", "greedy_after", "passk_after"), cells.split(" | "), strict=True):
+            grpo, ours = ({row["seed"]: float(row[column]) for row in rows if row["stage"] in stages[rate] and row["arm"] == name}
+                          for name in ("grpo", arm))
+            assert len(ours) == int(n)
+            _, mean, half = ts.mean_and_band([{0: ours[seed] if arm == "grpo" else 100 * (ours[seed] - grpo[seed])} for seed in ours])
+            printed = [float(number) for number in cell.replace("\u2212", "-").split(" ± ")]
+            expected = mean.tolist() if arm == "grpo" else [*mean, *half]
+            assert printed == pytest.approx(expected, abs=0.0006 if arm == "grpo" else 0.06), (arm, rate, column)
 
 
 # Past one GPU: the two code blocks

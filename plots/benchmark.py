@@ -367,7 +367,7 @@ def main():
     rollouts(small)
     steps(small)
     rollouts(random_model(threads, 4, 8, (24, 48), 24, 64, **SMOLLM2))
-    steps(random_model(threads, 4, 4, (16, 32), 24, 64, **SMOLLM2))
+    steps(random_model(threads, 4, 4, (12, 24), 16, 48, **SMOLLM2))
     if torch.cuda.is_available():
         decoding("cuda")
     draw()
