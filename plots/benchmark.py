@@ -1,4 +1,4 @@
-"""What train_small.py costs, beside what people would use instead: `python plots/benchmark.py`, ten minutes on two idle cores.
+"""What train_small.py costs, beside what people would use instead: `python plots/benchmark.py`, 17 minutes on two idle cores.
 
 Prints one table, saves it as benchmark.csv and draws benchmark.png, both beside this file. Contestants do the same work, take
 turns in one run, and are compared by medians. The parts of the table:
