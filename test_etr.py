@@ -1054,14 +1054,15 @@ def test_etr_in_trl_with_groups_split_over_two_processes(tmp_path):
         import {Path(__file__).stem} as test
         trainer_class = test.checked(test.run_block("trl")["ETRTrainer"])
         trainer = test.train_with_trl("two", trainer_class, gradient_accumulation_steps=3, num_iterations=2)
-        print("processes", trainer.accelerator.num_processes, trainer.losses, trainer.groups_are_split, trainer.clipped > 0.05)
+        found = trainer.accelerator.num_processes, trainer.losses, trainer.groups_are_split, trainer.clipped > 0.05
+        test.Path(f"process{{trainer.accelerator.process_index}}").write_text(str(found))  # on stdout their lines would mix
         """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{Path(__file__).resolve().parent}{os.pathsep}{Path(etr.__file__).parent}",
              "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("processes 2 18 True True") == 2, done.stdout
+    assert [(tmp_path / f"process{i}").read_text() for i in range(2)] == ["(2, 18, True, True)"] * 2
 
 
 def test_etr_in_verl_equals_etr_and_without_elasticity_is_verl_bit_for_bit():
