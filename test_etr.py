@@ -448,7 +448,7 @@ def test_scores_equal_rollout_logprobs_and_their_gradient_that_of_full_logits(wa
     model = warm[1]
     prompts, rollouts = roll(warm)
     tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
-    logprobs = ts.score(model, prompts, [4] * len(prompts), tokens, mask)
+    logprobs = ts.score(model, ts.hidden_states(model, prompts, [4] * len(prompts), tokens), tokens, mask)
     torch.testing.assert_close(logprobs, rollouts.logprobs, atol=2e-5, rtol=1e-5)
     ours = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), materialize_grads=True)
     plain = sum((plain_logits(model, prompts[i // 4], row[on].tolist()).log_softmax(-1).gather(1, row[on][:, None])[:, 0]
@@ -457,16 +457,28 @@ def test_scores_equal_rollout_logprobs_and_their_gradient_that_of_full_logits(wa
         torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()) + 1e-7, rtol=1e-3)
 
 
-def test_pieces_of_any_size_give_the_same_logprobs(warm):
+@pytest.mark.parametrize("budget, at_once", [(1, 2**24), (200, 2**24), (10**6, 2**24), (10**6, 1), (10**6, 10**4), (200, 5000)])
+def test_pieces_and_slices_of_any_size_give_the_same_logprobs_and_gradient(warm, monkeypatch, budget, at_once):
     args, model = warm[:2]
     prompts, rollouts = roll(warm)
-    per_row = [prompts[i // 4] for i in range(len(rollouts.mask))]
-    for budget in (1, 200, 10**6):
-        pieces = list(ts.score_in_pieces(argparse.Namespace(micro_batch_tokens=budget), model, per_row, range(len(per_row)),
-                                         rollouts.tokens, rollouts.mask))
-        assert torch.cat([index for index, _ in pieces]).tolist() == list(range(len(per_row)))
-        assert len(pieces) == {1: len(per_row), 10**6: 1}.get(budget, len(pieces))
-        torch.testing.assert_close(torch.cat([logprobs for _, logprobs in pieces]), rollouts.logprobs, atol=2e-5, rtol=1e-5)
+    tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
+    whole = ts.score(model, ts.hidden_states(model, prompts, [4] * len(prompts), tokens), tokens, mask)
+    expected = torch.autograd.grad((whole * weights).sum(), list(model.parameters()), materialize_grads=True)
+    monkeypatch.setattr(ts, "LOGITS_AT_ONCE", at_once)
+    pieces, B = [], len(mask)
+    model.zero_grad()
+    for i, logprobs in ts.score_in_pieces(argparse.Namespace(micro_batch_tokens=budget), model, [prompts[i // 4] for i in range(B)],
+                                          range(B), tokens, mask):
+        (logprobs * weights[i]).sum().backward()
+        pieces.append((i, logprobs.detach()))
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    assert torch.cat([i for i, _ in pieces]).tolist() == list(range(B))
+    expected_count = {(1, 2**24): B, (10**6, 1): B, (10**6, 2**24): 1}
+    assert len(pieces) == expected_count.get((budget, at_once), len(pieces)) and (len(pieces) > 1 or (budget, at_once) == (10**6, 2**24))
+    torch.testing.assert_close(torch.cat([logprobs for _, logprobs in pieces]), rollouts.logprobs, atol=2e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-7, rtol=1e-3)
 
 
 def test_a_completion_ends_with_its_first_end_token_or_is_cut(warm):

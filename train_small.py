@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import etr
@@ -62,6 +61,7 @@ TASKS["math"] = dict(TASKS["gsm8k"], max_new_tokens=512)
 EVAL_SAMPLES = 8  # completions per held-out problem, for pass@1 and pass@k
 LR_WARMUP_UPDATES = 20  # Adam's first steps at the full rate wreck a tiny model
 MINIBATCHES = 4  # a rollout batch is cut into this many; more updates than that go over it again
+LOGITS_AT_ONCE = 2**24  # 64 MiB, unless a single completion has more: the head's share of memory
 WARMUP_BATCH = 64  # worked solutions per supervised step
 
 
@@ -576,33 +576,33 @@ def sample_and_grade(args, model, tokenizer, problems, group_size, rng, temperat
     return rollouts, texts, torch.tensor(rewards, device=model.device).view(len(problems), group_size)
 
 
-def score(model, prompts, repeats, tokens, mask):
-    """Log-probability of each completion token, (B, T), 0 where mask is false; the training counterpart of `sample`.
+def hidden_states(model, prompts, repeats, tokens):
+    """The state (B, T, H) that predicts each completion token: the one at t predicts token t, so no shift is left to get wrong.
 
-    prompts: P lists of token ids, repeats: how many rows each has; tokens, mask: (B, T). Logits are made for completion
-    tokens only, a slice at a time, and made again in the backward pass: B * T * vocabulary floats never exist at once.
+    prompts: P lists of token ids; repeats: how many rows each has; tokens: (B, T).
     """
     with autocast(model.device):
         cache, first, attention = prefill(model, prompts, repeats)
-        states = first[:, None]
-        if tokens.shape[1] > 1:
-            attention = torch.cat([attention, torch.ones_like(tokens[:, 1:])], 1)  # padding on the right is never looked at
-            positions = attention.sum(1, keepdim=True) - tokens.shape[1] + 1 + torch.arange(tokens.shape[1] - 1, device=tokens.device)
-            rest = model.base_model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=positions,
-                                    cache=cache, use_cache=True).last_hidden_state
-            states = torch.cat([states, rest], 1)  # the state at t predicts token t: no shift left to get wrong
-    states, targets = states[mask], tokens[mask]
-    slice_size = max(1, 2**24 // model.get_output_embeddings().weight.shape[0])  # at most 64 MiB of fp32 logits
-    negative = lambda h, y: F.cross_entropy(head_logits(model, h), y, reduction="none")
-    flat = torch.cat([checkpoint(negative, h, y, use_reentrant=False, preserve_rng_state=False)
-                      for h, y in zip(states.split(slice_size), targets.split(slice_size))])
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, -flat)
+        if tokens.shape[1] == 1:
+            return first[:, None]
+        attention = torch.cat([attention, torch.ones_like(tokens[:, 1:])], 1)  # padding on the right is never looked at
+        positions = attention.sum(1, keepdim=True) - tokens.shape[1] + 1 + torch.arange(tokens.shape[1] - 1, device=tokens.device)
+        rest = model.base_model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=positions, cache=cache,
+                                use_cache=True).last_hidden_state
+        return torch.cat([first[:, None], rest], 1)
+
+
+def score(model, states, tokens, mask):
+    """Log-probability (B, T) of each completion token, 0 where mask is false; the training counterpart of `sample`."""
+    logprobs = -F.cross_entropy(head_logits(model, states[mask]), tokens[mask], reduction="none")
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
 def score_in_pieces(args, model, prompts, rows, tokens, mask):
-    """Yields (rows of a piece, their log-probabilities (b, T)): `rows` cut to pieces of at most --micro-batch-tokens.
+    """Yields (some of `rows`, their log-probabilities (b, T)); for gradients, call backward() on each before asking for the next.
 
-    prompts: the prompt of each row of tokens and mask (B, T); one that neighbouring rows share is run once per piece.
+    prompts: the prompt of each row of tokens and mask (B, T); one that neighbouring rows share is run once per piece. The layers
+    see pieces of at most --micro-batch-tokens, the head slices of a piece: one slice's logits exist at a time.
     """
     lengths, pieces = mask.sum(1).tolist(), [[]]
     for row in rows:
@@ -613,8 +613,13 @@ def score_in_pieces(args, model, prompts, rows, tokens, mask):
     for piece in pieces:
         shared = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts[i] for i in piece)]
         longest, index = max(lengths[i] for i in piece), torch.tensor(piece, device=tokens.device)
-        logprobs = score(model, *zip(*shared), tokens[index, :longest], mask[index, :longest])
-        yield index, F.pad(logprobs, (0, tokens.shape[1] - longest))
+        states = hidden_states(model, *zip(*shared), tokens[index, :longest])
+        slices = states.split(max(1, LOGITS_AT_ONCE // (longest * model.get_output_embeddings().weight.shape[0])))
+        leaves = [part.detach().requires_grad_(part.requires_grad) for part in slices]  # where gradients wait for the last slice
+        for leaf, i in zip(leaves, index.split(len(leaves[0]))):
+            yield i, F.pad(score(model, leaf, tokens[i, :longest], mask[i, :longest]), (0, tokens.shape[1] - longest))
+        if leaves[-1].grad is not None:
+            torch.autograd.backward(slices, [leaf.grad for leaf in leaves])
 
 
 # ---------------------------------------------------------------------------------------- files that survive any interruption

@@ -86,13 +86,18 @@ train_small.draw = train_small.print_table = lambda *_: None  # the pictures of 
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 RUNS = PLOTS.parent / "runs/evidence"
-SETTING = "--prompts-per-step=32 --group-size=8 --updates-per-step=16 --steps=24 --eval-every=6".split()
-Stage = namedtuple("Stage", "seeds learning_rate arms")
+SETTING = "--steps=24 --eval-every=6".split()
+Stage = namedtuple("Stage", "seeds arms learning_rate updates group_size", defaults=[1e-4, 16, 8])
+TUNING = [100, 101, 102, 103]
+# 256 completions a step, so 32 prompts where the group size is 8. The regime of `map` is not repeated.
+REGIMES = [(16, 8, 2e-4, 4), (16, 8, 5e-5, 4), (8, 8, 1e-4, 2), (8, 8, 2e-4, 2), (8, 8, 4e-4, 2), (32, 8, 5e-5, 2), (32, 8, 1e-4, 2),
+           (16, 16, 1e-4, 2), (16, 16, 2e-4, 2)]
 STAGES = {
-    "map": Stage([100, 101], 2e-4, [*POWERS.values(), *FORMS, *FIXED]),
-    "final": Stage([*range(10)], 2e-4, ["grpo", "etr", "fixed-0.4", "fixed-0.1"]),
-    "slow": Stage([*range(10)], 1e-4, ["grpo", "etr"]),
-    "ablation": Stage([0, 1, 5, 6], 2e-4, ["micro", "macro", "clip-higher"]),
+    "map": Stage(TUNING, [*POWERS.values(), *FORMS, *FIXED]),
+    **{f"regime-{updates}-{group_size}-{rate:g}": Stage(TUNING[:seeds], ["grpo", "etr"], rate, updates, group_size)
+       for updates, group_size, rate, seeds in REGIMES},
+    "final": Stage([*range(10)], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4"]),
+    "fast": Stage([*range(10)], ["grpo", "etr", "fixed-0.1", "fixed-0.4"], 2e-4),
 }
 
 
@@ -108,8 +113,9 @@ def train(stage, arm, seed):
             shutil.copy(RUNS / "warm" / name, out)
     undecided.clear()
     resume = ["--resume"] * (out / "config.json").exists()
-    code = train_small.main([*SETTING, f"--learning-rate={STAGES[stage].learning_rate}", "--algos", arm, f"--seed={seed}",
-                             f"--out={out}", *resume])
+    _, _, rate, updates, group_size = STAGES[stage]
+    code = train_small.main([*SETTING, f"--learning-rate={rate}", f"--updates-per-step={updates}", f"--group-size={group_size}",
+                             f"--prompts-per-step={256 // group_size}", "--algos", arm, f"--seed={seed}", f"--out={out}", *resume])
     if code:
         sys.exit(code)
     for name in shared:
@@ -119,7 +125,7 @@ def train(stage, arm, seed):
 
 def sample_16(arm, seed):
     """pass@1 to pass@16 of a finished model on the test problems, for the figure of pass@k."""
-    out = RUNS / "slow" / f"{arm}-{seed}"
+    out = RUNS / "final" / f"{arm}-{seed}"
     if not (out / "pass16.json").exists():
         args, train_small.EVAL_SAMPLES = train_small.parse_args([*SETTING, "--out", str(out)]), 16
         model, tokenizer = train_small.load_model(args, seed)
@@ -135,8 +141,8 @@ def run(only=None, first=0, last=None):
             for arm in stage.arms:
                 train(name, arm, seed)
     if only in (None, "samples"):
-        for seed in STAGES["slow"].seeds[int(first):last and int(last)]:
-            for arm in STAGES["slow"].arms:
+        for seed in STAGES["final"].seeds[int(first):last and int(last)]:
+            for arm in STAGES["final"].arms:
                 sample_16(arm, seed)
 
 
