@@ -835,6 +835,15 @@ def mean_and_band(curves):
     return x, values.mean(0), half
 
 
+def panel(axis, title, xlabel, ylabel):
+    axis.set_title(title, fontsize=14)
+    axis.set_xlabel(xlabel, fontsize=13)
+    axis.set_ylabel(ylabel, fontsize=13)
+    axis.tick_params(labelsize=12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
 def draw_lines(axis, lines, title, xlabel, ylabel, top=None):
     """Draws {arm: (x, y, half)} with bands, each labelled at its right end; labels are pushed apart where ends meet."""
     lines = {arm: line for arm, line in lines.items() if len(line[0])}
@@ -847,12 +856,7 @@ def draw_lines(axis, lines, title, xlabel, ylabel, top=None):
         at = max(y[-1], at + apart)
         axis.annotate(arm, (x[-1], at), xytext=(6, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13, weight="bold",
                       va="center", annotation_clip=False)
-    axis.set_title(title, fontsize=14)
-    axis.set_xlabel(xlabel, fontsize=13)
-    axis.set_ylabel(ylabel, fontsize=13)
-    axis.tick_params(labelsize=12)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+    panel(axis, title, xlabel, ylabel)
 
 
 def draw(args):

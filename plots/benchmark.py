@@ -4,6 +4,7 @@ Prints one table, saves it as benchmark.csv and draws benchmark.png, both beside
 turns in one run, and are compared by medians. The parts of the table:
 
     loss      peak memory and time of the loss and its gradient, against keeping all logits; each in a process of its own
+    demo      where the seconds of the default run go
     growth    time and memory of a training step against G, length and vocabulary: the slope in a log-log plot, 1 is linear
     rollout   useful tokens per second of `sample`, of generate() and of generate_batch() (continuous batching)
     step      one training step (rollout, old log-probabilities, 4 updates), against TRL's GRPOTrainer where trl is installed
@@ -14,7 +15,9 @@ The models are the built-in one and a random one in the shape of SmolLM2-135M. T
 makes its completions ragged: their lengths are geometric and the longest are cut off.
 """
 
+import contextlib
 import csv
+import io
 import math
 import multiprocessing
 import resource
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 from statistics import linear_regression, median
 
@@ -39,8 +42,9 @@ GROWTH = {"G": [8, 16, 32, 64], "length": [32, 64, 128, 256], "vocabulary": [614
 BASE = dict(G=8, length=64, vocabulary=4096)  # the other two, while one grows
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                num_key_value_heads=3)
+GSM8K_PROMPTS = (238, 290)  # tokens, from the tenth to the ninetieth percentile, with train_small.py's two worked examples
 Setup = namedtuple("Setup", "name threads args model tokenizer problems")
-COLUMNS = dict(part=8, model=12, what=52, value=10, unit=9, ratio=8, target=8, threads=8, repeats=8, range=18)
+COLUMNS = dict(part=8, model=12, what=56, value=10, unit=9, ratio=8, target=8, threads=8, repeats=8, range=18)
 table = []
 
 
@@ -73,7 +77,7 @@ def built_in():
     return Setup("built-in", 1, args, model, tokenizer, problems[:args.prompts_per_step])
 
 
-def random_model(threads, P, G, prompt_lengths, mean, longest, **shape):
+def random_model(threads, P, G, prompt_lengths, mean, longest, name="135M", **shape):
     """A model with random weights, whose words are numbers. mean: of the geometric lengths; infinite: all have the longest."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     torch.manual_seed(0)
@@ -91,7 +95,7 @@ def random_model(threads, P, G, prompt_lengths, mean, longest, **shape):
                          "--learning-rate 1e-6".split())
     prompts = [torch.randint(2, V, (int(length),)).tolist() for length in torch.linspace(*prompt_lengths, P)]
     problems = [ts.Problem(" ".join(map(str, ids)), "", "", ids) for ids in prompts]
-    return Setup("135M", threads, args, model, tokenizer, problems)
+    return Setup(name, threads, args, model, tokenizer, problems)
 
 
 def parity(task, completion, gold):
@@ -142,7 +146,7 @@ def rollouts(setup):
     del rounds[0]  # it was for warming up
     rates = [[tokens / seconds for tokens, seconds in runs] for runs in zip(*rounds)]
     tokens = median(runs[0][0] for runs in rounds)
-    size = f" ({len(prompts)} x {G}, {tokens / len(prompts) / G:.0f} tokens of at most {longest})"
+    size = f" ({len(prompts)} x {G}, {tokens / len(prompts) / G:.0f} of {longest} tokens, prompts to {width})"
     for name, target, rate in zip(("ours" + size, "generate", "generate_batch"), ("", ">= 2.5", ">= 1.2"), rates):
         row("rollout", setup.name, name, rate, "tokens/s", median(rates[0]) / median(rate), target, setup.threads)
     limit(setup, "rollout", tokens, [tokens / rate for rate in rates[0]])
@@ -214,7 +218,7 @@ def steps(setup):
     limit(setup, "update", length * P * G, [s - r for s, r in zip(seconds, rollout[1:])], passes=3 * UPDATES // cuts)
 
 
-# ------------------------------------------------------------------------------------------------------- memory and growth
+# ------------------------------------------------------------------------------------------------- the demo, memory, growth
 
 def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -226,6 +230,36 @@ def alone(work, *args, **named):
     context.set_forkserver_preload(["torch", "transformers", "train_small"])
     with context.Pool(1) as pool:
         return pool.apply(work, args, named)
+
+
+def demo_cost():
+    """{part: seconds} of the default run, `python train_small.py`; its last part is the whole."""
+    parts = dict(load_problems="loading", load_model="loading", encode="loading", warm_up="warm start", evaluate="evaluation",
+                 sample_and_grade="rollouts and rewards", train_step="updates", draw="pictures")
+    seconds, outer = Counter(), []
+
+    def clocked(part, work):
+        def wrapped(*args, **named):
+            outer.append(part)
+            result, took = timed(lambda: work(*args, **named))
+            outer.pop()
+            if outer in ([], ["updates"]):  # what evaluation calls is part of it
+                seconds.update({part: took, **{around: -took for around in outer}})
+            return result
+        return wrapped
+
+    for name, part in parts.items():
+        setattr(ts, name, clocked(part, getattr(ts, name)))
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        code, whole = timed(ts.main, ["--device", "cpu", "--out", f"{folder}/run"])
+    assert code == 0
+    return dict(seconds, rest=whole - sum(seconds.values()), whole=whole)
+
+
+def demo():
+    seconds = alone(demo_cost)
+    for part, took in seconds.items():
+        row("demo", "built-in", part, [took], "s", took / seconds["whole"])
 
 
 def loss_cost(whole, vocabulary, length, threads):
@@ -324,7 +358,8 @@ def draw():
         axis.legend(fontsize=12, frameon=False)
 
     both, labels = ["built-in", "135M"], ["built-in model", "135M"]
-    bars(axes[0, 0], "rollout", both, ["ours", "generate", "generate_batch"], labels, "Rollouts", "useful tokens per second")
+    bars(axes[0, 0], "rollout", [*both, "135M, GSM8K"], ["ours", "generate", "generate_batch"],
+         ["built-in", "135M, short\nprompts", "135M, GSM8K's\nprompts"], "Rollouts", "useful tokens per second")
     axes[0, 0].set_yscale("log")
     bars(axes[0, 1], "step", both, ["ours", "TRL"], labels, "A training step", "seconds")
     bars(axes[0, 2], "loss", ["V=49152", "V=151936"], ["ours", "all logits kept"], ["V = 49,152", "V = 151,936"],
@@ -366,10 +401,12 @@ def main():
     losses(threads, 49152, REPEATS)
     losses(threads, 151936, 1)
     growth()
+    demo()
     small = built_in()
     rollouts(small)
     steps(small)
     rollouts(random_model(threads, 4, 8, (24, 48), 24, 64, **SMOLLM2))
+    rollouts(random_model(threads, 4, 8, GSM8K_PROMPTS, 24, 64, "135M, GSM8K", **SMOLLM2))
     steps(random_model(threads, 4, 4, (12, 24), 16, 48, **SMOLLM2))
     if torch.cuda.is_available():
         decoding("cuda")

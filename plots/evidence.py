@@ -6,11 +6,11 @@
     python plots/evidence.py collect                    runs -> plots/*.csv
     python plots/evidence.py draw                       plots/*.csv -> plots/*.png, in seconds
 
-Stages. `map`: elasticities, other readings of the abstract and fixed clip radii, on tuning seeds. The others are on fresh seeds:
-`final`, ETR and the controls at the tuned learning rate; `slow`, half that rate, added after `final` had been seen because it
-may suit GRPO better, and it does; `ablation`, on four seeds only.
-All arms of a seed share the warm start and the prompts. The runs took 113 minutes of one-thread processes, two at a time on a
-shared machine of two cores: give each half of the seeds.
+Stages. On tuning seeds: `map`, which tries elasticities, other readings of the abstract and fixed clip radii, and `regime-...`,
+ETR and GRPO at other learning rates, updates per batch and group sizes. On fresh seeds: `final`, every arm at the learning
+rate that suits GRPO best on the tuning seeds, and `fast`, ETR and the fixed radii at twice that rate.
+All arms of a seed share the warm start and the prompts. One arm of one seed takes about a minute of one core, all of them
+COST: two processes at a time halve that.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PLOTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(PLOTS.parent))
 import etr  # noqa: E402
 import train_small  # noqa: E402
-from train_small import ARMS, Arm  # noqa: E402
+from train_small import ARMS, Arm, panel  # noqa: E402
 
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -142,8 +142,8 @@ def run(only=None, first=0, last=None):
                 train(name, arm, seed)
     if only in (None, "samples"):
         for seed in STAGES["final"].seeds[int(first):last and int(last)]:
-            for arm in STAGES["final"].arms:
-                sample_16(arm, seed)
+            sample_16("grpo", seed)
+            sample_16("etr", seed)
 
 
 # ------------------------------------------------------------------------------------------------------------------- csv
@@ -190,7 +190,7 @@ def collect():
             undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
             radius=float((sums["radius_squared"].sum() / tokens.sum())**0.5),  # root mean square on the side that acts
             seconds=result["seconds"], pass_1_to_16=" ".join(f"{value:.4f}" for value in passk)))
-        if stage in ("final", "slow"):
+        if stage in ("final", "fast"):
             for last, step in zip([0, *at], at):
                 window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
                 curves.append(dict(stage=stage, arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
@@ -225,15 +225,6 @@ def difference(rows, arm, name):
 
 def say(mean, half, unit=" points"):
     return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}{unit}".replace("-", "−")
-
-
-def panel(axis, title, xlabel, ylabel):
-    axis.set_title(title, fontsize=14)
-    axis.set_xlabel(xlabel, fontsize=13)
-    axis.set_ylabel(ylabel, fontsize=13)
-    axis.tick_params(labelsize=13)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
 
 
 def label_ends(axis, ends):
@@ -293,28 +284,26 @@ def dots(axis, entries, name, title):
 
 def draw_curves(stage, curves):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    for pair, name in zip(axes, ("slow", "final")):
+    for pair, name in zip(axes, ("final", "fast")):
         rate = f"learning rate {STAGES[name].learning_rate:g}"
         for axis, y, ylabel in zip(pair, ("pass1", "entropy"), ("held-out pass@1", "entropy (nats per token)")):
             part = [row for row in curves if row["stage"] == name]
             ends = {arm: band(axis, arm, over(part, arm, "step", y)) for arm in ("grpo", "etr")}
             panel(axis, rate, "step (rollout batch of 256)", ylabel)
             label_ends(axis, ends)
-    slow, fast = (say(*difference(stage[name], "etr", "auc"), "") for name in ("slow", "final"))
+    slow, fast = (say(*difference(stage[name], "etr", "auc"), "") for name in ("final", "fast"))
     save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {slow} and {fast} points",
-         f"{len(column(stage['slow'], 'etr', 'auc'))} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), "
+         f"{len(column(stage['final'], 'etr', 'auc'))} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), "
          "title of the paired difference")
 
 
 def draw_differences(stage):
-    fast = stage["final"] + stage["ablation"]
-    entries = [("etr, lr 1e-4", stage["slow"], "etr"), ("etr", fast, "etr"),
-               *((arm, fast, arm) for arm in ("fixed-0.1", "fixed-0.4", "micro", "macro", "clip-higher"))]
+    entries = [*((arm, stage["final"], arm) for arm in STAGES["final"].arms[1:]), ("etr, lr 2e-4", stage["fast"], "etr")]
     figure, axes = plt.subplots(1, 3, figsize=(11, 7), sharey=True, layout="constrained")
     titles = dict(auc="mean pass@1 on the way", pass1_after="pass@1 at the end", greedy_after="greedy at the end")
     clear = sum(dots(axis, entries, name, title) for axis, (name, title) in zip(axes, titles.items()))
     save(figure, "differences", f"{clear} of {3 * len(entries)} differences from GRPO exceed their 95 % interval",
-         f"n paired seeds, lr 2e-4 unless named; 95 % t-intervals, not corrected for {3 * len(entries)} comparisons")
+         f"{len(STAGES['final'].seeds)} paired seeds, lr 1e-4 unless named; 95 % t-intervals, not corrected for {3 * len(entries)} comparisons")
 
 
 def entropy_at(path, level):
@@ -326,8 +315,8 @@ def entropy_at(path, level):
 def draw_trade(curves):
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
     titles = []
-    for axis, stage in zip(axes, ("slow", "final")):
-        path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")[:2 + (stage == "final")]}
+    for axis, stage in zip(axes, ("final", "fast")):
+        path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")}
         for row in curves:
             if row["stage"] == stage and row["arm"] in path:
                 path[row["arm"]].setdefault(row["seed"], []).append((row["reward_mean"], row["entropy"]))
@@ -395,29 +384,43 @@ def draw_mechanism(classes):
 
 def draw_map(rows):
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-    grpo = column(rows, "grpo", "auc")
-    gaps = {arm: [100 * (auc - grpo[seed]) for seed, auc in column(rows, arm, "auc").items()] for arm in STAGES["map"].arms}
-    cells = np.array([[np.mean(gaps[POWERS[micro, macro]]) for micro in GRID] for macro in GRID])
+    gaps = {arm: difference(rows, arm, "auc") for arm in STAGES["map"].arms}
+    cells = np.array([[gaps[POWERS[micro, macro]][0] for micro in GRID] for macro in GRID])
     left.imshow(cells, cmap="PuOr", vmin=-2, vmax=2, origin="lower")
     for y, x in np.ndindex(3, 3):
-        each = "   ".join(f"{gap:+.1f}" for gap in gaps[POWERS[GRID[x], GRID[y]]])
-        text = f"{cells[y, x]:+.1f}\n({each})" if x or y else "GRPO"
-        left.text(x, y, text.replace("-", "−"), ha="center", va="center", fontsize=13)
+        left.text(x, y, say(*gaps[POWERS[GRID[x], GRID[y]]], "") if x or y else "GRPO", ha="center", va="center", fontsize=13)
     panel(left, "Power form", "micro elasticity", "macro elasticity")
     left.grid(False)
     left.set_xticks(range(3), GRID)
     left.set_yticks(range(3), GRID)
-    others = [*FORMS, *FIXED][::-1]
-    for y, arm in enumerate(others):
-        right.plot(gaps[arm], [y] * len(grpo), "o", color=ARMS[arm].color, ms=8)
-        right.plot(np.mean(gaps[arm]), y, "|", color=ARMS[arm].color, ms=26, mew=3)
-    right.axvline(0, color="#000000", lw=1)
-    panel(right, "Other forms and fixed radii", "points against GRPO", "")
+    others = [*FORMS, *FIXED]
+    dots(right, [(arm, rows, arm) for arm in others], "auc", "Other forms and fixed radii")
     right.set_yticks(range(len(others)), others)
-    right.set_ylim(-0.5, len(others) - 0.5)
-    better = [arm for arm in POWERS.values() if min(gaps[arm]) > 0]
-    save(figure, "map", f"{len(better)} of 8 elasticities are ahead of GRPO on each of {len(grpo)} tuning seeds",
-         f"mean pass@1 on the way, points against GRPO: mean (each of {len(grpo)} tuning seeds); too few seeds for an interval")
+    clear = [arm for arm in POWERS.values() if gaps[arm][0] > gaps[arm][1]]
+    save(figure, "map", f"{len(clear)} of 8 elasticities are ahead of GRPO beyond the noise of {len(TUNING)} tuning seeds",
+         f"mean pass@1 on the way, points against GRPO, 95 % t-intervals over {len(TUNING)} paired tuning seeds")
+
+
+def draw_regimes(stage):
+    """ETR against GRPO in each regime, beside how far GRPO comes there."""
+    names = ["map", *(name for name in STAGES if name.startswith("regime"))]
+    names.sort(key=lambda name: STAGES[name]._replace(seeds=0, arms=0)[::-1])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.5), sharey=True, layout="constrained")
+    ahead = 0
+    for y, name in enumerate(names):
+        grpo, ours = (column(stage[name], arm, "auc") for arm in ("grpo", "etr"))
+        gaps = [100 * (ours[seed] - grpo[seed]) for seed in grpo]
+        ahead += min(gaps) > 0
+        for axis, values, color in ((left, list(grpo.values()), ARMS["grpo"].color), (right, gaps, ARMS["etr"].color)):
+            axis.plot(values, [y] * len(values), "o", color=color, ms=8, alpha=0.6)
+            axis.plot(np.mean(values), y, "|", color=color, ms=22, mew=3)
+    right.axvline(0, color="#000000", lw=1)
+    panel(left, "GRPO", "mean pass@1 on the way", "")
+    panel(right, "ETR", "points against GRPO", "")
+    left.set_yticks(range(len(names)), ["{3} updates, G = {4}, lr {2:g}".format(*STAGES[name]) for name in names])
+    left.set_ylim(len(names) - 0.5, -0.5)
+    save(figure, "regimes", f"ETR is ahead of GRPO on each tuning seed in {ahead} of {len(names)} regimes",
+         "one dot per tuning seed (4 or 2 of them), bar: their mean; batches of 256 completions, 24 steps")
 
 
 def draw():
@@ -426,9 +429,10 @@ def draw():
     draw_curves(stage, curves)
     draw_differences(stage)
     draw_trade(curves)
-    draw_pass_at_k(stage["slow"])
+    draw_pass_at_k(stage["final"])
     draw_mechanism(classes)
     draw_map(stage["map"])
+    draw_regimes(stage)
 
 
 if __name__ == "__main__":
