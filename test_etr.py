@@ -965,14 +965,14 @@ def test_the_readme_names_commands_flags_tests_and_files_that_exist():
 def test_the_readme_results_are_computed_from_the_committed_runs():
     with open(ROOT / "plots/ends.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    stages = {"1e-4": ["slow"], "2e-4": ["final", "ablation"]}
-    lines = re.findall(r"^\| ([\w.-]+)(?:, absolute)? \| (\de-\d) \| (\d+) \| (.*) \|$", README, re.M)
-    assert len(lines) == 9
-    for arm, rate, n, cells in lines:
+    stages = {"1e-4": "final", "2e-4": "fast"}
+    lines = re.findall(r"^\| ([\w.-]+)(?:, absolute)?(?: against ([\w.-]+))? \| (\de-\d) \| (.*) \|$", README, re.M)
+    assert len(lines) == 13
+    for arm, base, rate, cells in lines:
         for column, cell in zip(("pass1_after", "auc", "greedy_after", "passk_after"), cells.split(" | "), strict=True):
-            grpo, ours = ({row["seed"]: float(row[column]) for row in rows if row["stage"] in stages[rate] and row["arm"] == name}
-                          for name in ("grpo", arm))
-            assert len(ours) == int(n)
+            grpo, ours = ({row["seed"]: float(row[column]) for row in rows if row["stage"] == stages[rate] and row["arm"] == name}
+                          for name in (base or "grpo", arm))
+            assert len(ours) == len(grpo) == 10
             _, mean, half = ts.mean_and_band([{0: ours[seed] if arm == "grpo" else 100 * (ours[seed] - grpo[seed])} for seed in ours])
             printed = [float(number) for number in cell.replace("\u2212", "-").split(" ± ")]
             expected = mean.tolist() if arm == "grpo" else [*mean, *half]

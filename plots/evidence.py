@@ -43,9 +43,11 @@ FORMS = {  # other readings of "scaled by advantage magnitude" and "group varian
     "only-wider": lambda A, p: 1 + 0.5 * A.abs() + 0.5 * 4 * p * (1 - p),
     "right-only": lambda A, p: torch.where(A > 0, A.abs() * (p * (1 - p) / 0.18).sqrt(), 1.0),
 }
+WIDE = "etr-0.4"  # ETR with fixed-0.4's mean squared radius; its scale is capped lower, so that the lower clip still acts
 COLORS = {"fixed-0.1": "#999999", "fixed-0.4": "#56B4E9", "tanh": "#CC79A7", "only-wider": "#CC79A7", "right-only": "#CC79A7"}
 for (micro, macro), name in POWERS.items():
     ARMS.setdefault(name, Arm(micro, macro, 1.0, 1.0, "#CC79A7"))
+ARMS[WIDE] = Arm(1.0, 1.0, 2.0, 2.0, "#F0A070")
 ARMS.update({name: Arm(0.0, 0.0, 1.0, 1.0, color) for name, color in COLORS.items()})
 power_bounds, evaluate, surrogate_loss = train_small.clip_bounds, train_small.evaluate, etr.surrogate_loss
 
@@ -56,6 +58,8 @@ def clip_bounds(args, arm, rewards, advantages):
     elif arm in FORMS:
         pass_rate = rewards.mean(1, keepdim=True).expand_as(advantages)
         radius = args.clip_low * FORMS[arm](advantages, pass_rate).clamp(max=args.scale_max)
+    elif arm == WIDE:
+        return power_bounds(argparse.Namespace(**{**vars(args), "scale_max": 2.4}), arm, rewards, advantages)
     else:
         return power_bounds(args, arm, rewards, advantages)
     return radius, radius
@@ -96,7 +100,7 @@ STAGES = {
     "map": Stage(TUNING, [*POWERS.values(), *FORMS, *FIXED]),
     **{f"regime-{updates}-{group_size}-{rate:g}": Stage(TUNING[:seeds], ["grpo", "etr"], rate, updates, group_size)
        for updates, group_size, rate, seeds in REGIMES},
-    "final": Stage([*range(10)], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4"]),
+    "final": Stage([*range(10)], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4", WIDE]),
     "fast": Stage([*range(10)], ["grpo", "etr", "fixed-0.1", "fixed-0.4"], 2e-4),
 }
 
@@ -213,14 +217,18 @@ def interval(values):
     return float(mean[0]), float(half[0])
 
 
+def rate(stage):
+    return f"{STAGES[stage].learning_rate:.0e}".replace("e-0", "e-")
+
+
 def column(rows, arm, name):
     return {row["seed"]: row[name] for row in rows if row["arm"] == arm}
 
 
-def difference(rows, arm, name):
-    """Paired difference from GRPO in points (hundredths): (mean, half-width)."""
-    ours, grpo = column(rows, arm, name), column(rows, "grpo", name)
-    return interval([100 * (ours[seed] - grpo[seed]) for seed in ours])
+def difference(rows, arm, name, base="grpo"):
+    """Paired difference between two arms in points (hundredths): (mean, half-width)."""
+    ours, theirs = column(rows, arm, name), column(rows, base, name)
+    return interval([100 * (ours[seed] - theirs[seed]) for seed in ours])
 
 
 def say(mean, half, unit=" points"):
@@ -268,7 +276,7 @@ def over(rows, arm, x, y):
 
 
 def dots(axis, entries, name, title):
-    """Paired differences from GRPO with their intervals; entries: (label, rows, arm). Returns how many exclude zero."""
+    """Paired differences from GRPO with their intervals; entries: (label, rows, arm)."""
     gaps = [difference(rows, arm, name) for _, rows, arm in entries]
     for y, ((mean, half), (_, _, arm)) in enumerate(zip(gaps, entries)):
         axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
@@ -277,19 +285,17 @@ def dots(axis, entries, name, title):
     axis.axvline(0, color="#000000", lw=1)
     axis.margins(x=0.2)
     panel(axis, title, "points against GRPO", "")
-    axis.set_yticks(range(len(entries)), [f"{label}\nn = {len(column(rows, arm, name))}" for label, rows, arm in entries])
+    axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
     axis.set_ylim(len(entries) - 0.5, -0.6)
-    return sum(abs(mean) > half for mean, half in gaps)
 
 
 def draw_curves(stage, curves):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     for pair, name in zip(axes, ("final", "fast")):
-        rate = f"learning rate {STAGES[name].learning_rate:g}"
         for axis, y, ylabel in zip(pair, ("pass1", "entropy"), ("held-out pass@1", "entropy (nats per token)")):
             part = [row for row in curves if row["stage"] == name]
             ends = {arm: band(axis, arm, over(part, arm, "step", y)) for arm in ("grpo", "etr")}
-            panel(axis, rate, "step (rollout batch of 256)", ylabel)
+            panel(axis, f"learning rate {rate(name)}", "step (rollout batch of 256)", ylabel)
             label_ends(axis, ends)
     slow, fast = (say(*difference(stage[name], "etr", "auc"), "") for name in ("final", "fast"))
     save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {slow} and {fast} points",
@@ -301,9 +307,12 @@ def draw_differences(stage):
     entries = [*((arm, stage["final"], arm) for arm in STAGES["final"].arms[1:]), ("etr, lr 2e-4", stage["fast"], "etr")]
     figure, axes = plt.subplots(1, 3, figsize=(11, 7), sharey=True, layout="constrained")
     titles = dict(auc="mean pass@1 on the way", pass1_after="pass@1 at the end", greedy_after="greedy at the end")
-    clear = sum(dots(axis, entries, name, title) for axis, (name, title) in zip(axes, titles.items()))
-    save(figure, "differences", f"{clear} of {3 * len(entries)} differences from GRPO exceed their 95 % interval",
-         f"{len(STAGES['final'].seeds)} paired seeds, lr 1e-4 unless named; 95 % t-intervals, not corrected for {3 * len(entries)} comparisons")
+    for axis, (name, title) in zip(axes, titles.items()):
+        dots(axis, entries, name, title)
+    gaps = [f"{arm} {say(*difference(stage['final'], arm, 'pass1_after'), '')}" for arm in ("etr", "fixed-0.1", "fixed-0.4")]
+    save(figure, "differences", f"pass@1 at the end, points against GRPO: {', '.join(gaps)}",
+         f"{len(STAGES['final'].seeds)} paired seeds, lr 1e-4 unless named; 95 % t-intervals, not corrected for "
+         f"{3 * len(entries)} comparisons")
 
 
 def entropy_at(path, level):
@@ -323,7 +332,7 @@ def draw_trade(curves):
         means = {arm: np.mean(list(runs.values()), 0) for arm, runs in path.items()}
         for arm, mean in means.items():
             axis.plot(*mean.T, "o-", color=ARMS[arm].color, lw=2.5, ms=6)
-        panel(axis, f"learning rate {STAGES[stage].learning_rate:g}", "accuracy of the rollouts", "entropy (nats per token)")
+        panel(axis, f"learning rate {rate(stage)}", "accuracy of the rollouts", "entropy (nats per token)")
         label_ends(axis, {arm: tuple(mean[-1]) for arm, mean in means.items()})
         gaps = []
         for grpo, ours in zip(path["grpo"].values(), path["etr"].values()):
@@ -395,7 +404,6 @@ def draw_map(rows):
     left.set_yticks(range(3), GRID)
     others = [*FORMS, *FIXED]
     dots(right, [(arm, rows, arm) for arm in others], "auc", "Other forms and fixed radii")
-    right.set_yticks(range(len(others)), others)
     clear = [arm for arm in POWERS.values() if gaps[arm][0] > gaps[arm][1]]
     save(figure, "map", f"{len(clear)} of 8 elasticities are ahead of GRPO beyond the noise of {len(TUNING)} tuning seeds",
          f"mean pass@1 on the way, points against GRPO, 95 % t-intervals over {len(TUNING)} paired tuning seeds")
@@ -417,10 +425,22 @@ def draw_regimes(stage):
     right.axvline(0, color="#000000", lw=1)
     panel(left, "GRPO", "mean pass@1 on the way", "")
     panel(right, "ETR", "points against GRPO", "")
-    left.set_yticks(range(len(names)), ["{3} updates, G = {4}, lr {2:g}".format(*STAGES[name]) for name in names])
+    left.set_yticks(range(len(names)), [f"{STAGES[name].updates} updates, G = {STAGES[name].group_size}, lr {rate(name)}" for name in names])
     left.set_ylim(len(names) - 0.5, -0.5)
     save(figure, "regimes", f"ETR is ahead of GRPO on each tuning seed in {ahead} of {len(names)} regimes",
          "one dot per tuning seed (4 or 2 of them), bar: their mean; batches of 256 completions, 24 steps")
+
+
+def print_table(stage):
+    """The README's table of results."""
+    print("| arm | learning rate | pass@1 | mean pass@1 on the way | greedy | pass@8 |\n|---|---|---|---|---|---|")
+    lines = [(name, arm, "grpo") for name in ("final", "fast") for arm in STAGES[name].arms]
+    for name, arm, base in [*lines, ("final", WIDE, "fixed-0.4")]:
+        values = ("pass1_after", "auc", "greedy_after", "passk_after")
+        cells = [f"{np.mean(list(column(stage[name], arm, value).values())):.3f}" if arm == "grpo" else
+                 say(*difference(stage[name], arm, value, base), "") for value in values]
+        label = f"{arm}, absolute" if arm == "grpo" else arm if base == "grpo" else f"{arm} against {base}"
+        print(f"| {label} | {rate(name)} | {' | '.join(cells)} |")
 
 
 def draw():
@@ -433,6 +453,7 @@ def draw():
     draw_mechanism(classes)
     draw_map(stage["map"])
     draw_regimes(stage)
+    print_table(stage)
 
 
 if __name__ == "__main__":
