@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -977,6 +978,16 @@ def test_the_readme_results_are_computed_from_the_committed_runs():
             printed = [float(number) for number in cell.replace("\u2212", "-").split(" ± ")]
             expected = mean.tolist() if arm == "grpo" else [*mean, *half]
             assert printed == pytest.approx(expected, abs=0.0006 if arm == "grpo" else 0.06), (arm, rate, column)
+
+
+def test_every_figure_of_the_evidence_is_drawn_from_the_committed_csv_and_prints_the_readmes_table(tmp_path):
+    for path in (ROOT / "plots").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    draw = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); import evidence; evidence.PLOTS = pathlib.Path(sys.argv[2]); evidence.draw()"
+    printed = subprocess.run([sys.executable, "-c", draw, str(ROOT / "plots"), str(tmp_path)], check=True, capture_output=True, text=True)
+    assert len(printed.stdout.splitlines()) == 15 and printed.stdout in README
+    drawn, others = {path.name for path in tmp_path.glob("*.png")}, {"bounds.png", "benchmark.png"}
+    assert drawn | others == {path.name for path in (ROOT / "plots").glob("*.png")}
 
 
 # Past one GPU: the two code blocks
