@@ -9,8 +9,8 @@
 Stages. On tuning seeds: `map`, which tries elasticities, other readings of the abstract and fixed clip radii, and `regime-...`,
 ETR and GRPO at other learning rates, updates per batch and group sizes. On fresh seeds: `final`, every arm at the learning
 rate that suits GRPO best on the tuning seeds, and `fast`, ETR and the fixed radii at twice that rate.
-All arms of a seed share the warm start and the prompts. One arm of one seed takes about a minute of one core, all of them
-COST: two processes at a time halve that.
+All arms of a seed share the warm start and the prompts. One arm of one seed takes about a minute of one core, all of them 4.4
+hours; two processes at a time, on different stages or seeds, halve that.
 """
 
 import argparse
@@ -190,8 +190,10 @@ def collect():
             auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
             **{name: result[name] for name in ("pass1_before", "pass1_after", "greedy_before", "greedy_after", "passk_before",
                                             "passk_after")},
-            **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction")}, entropy=mean(lines[-5:], "entropy"),
-            undecided=counts["tokens"] / counts["all"], undecided_clipped=counts["clipped"] / counts["tokens"],
+            **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction", "approx_kl", "frac_reward_zero_std",
+                                                        "completion_length_mean")},
+            entropy=mean(lines[-5:], "entropy"), undecided=counts["tokens"] / counts["all"],
+            undecided_clipped=counts["clipped"] / counts["tokens"],
             radius=float((sums["radius_squared"].sum() / tokens.sum())**0.5),  # root mean square on the side that acts
             seconds=result["seconds"], pass_1_to_16=" ".join(f"{value:.4f}" for value in passk)))
         if stage in ("final", "fast"):
@@ -297,20 +299,21 @@ def draw_curves(stage, curves):
             ends = {arm: band(axis, arm, over(part, arm, "step", y)) for arm in ("grpo", "etr")}
             panel(axis, f"learning rate {rate(name)}", "step (rollout batch of 256)", ylabel)
             label_ends(axis, ends)
-    slow, fast = (say(*difference(stage[name], "etr", "auc"), "") for name in ("final", "fast"))
-    save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {slow} and {fast} points",
+    gaps = (say(*difference(stage[name], "etr", "auc"), "") for name in ("final", "fast"))
+    save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {' and '.join(gaps)} points",
          f"{len(column(stage['final'], 'etr', 'auc'))} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), "
          "title of the paired difference")
 
 
 def draw_differences(stage):
-    entries = [*((arm, stage["final"], arm) for arm in STAGES["final"].arms[1:]), ("etr, lr 2e-4", stage["fast"], "etr")]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 7), sharey=True, layout="constrained")
+    entries = [*((arm, stage["final"], arm) for arm in STAGES["final"].arms[1:]),
+               (f"etr, lr {rate('fast')}", stage["fast"], "etr")]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 8), sharey=True, layout="constrained")
     titles = dict(auc="mean pass@1 on the way", pass1_after="pass@1 at the end", greedy_after="greedy at the end")
     for axis, (name, title) in zip(axes, titles.items()):
         dots(axis, entries, name, title)
     gaps = [f"{arm} {say(*difference(stage['final'], arm, 'pass1_after'), '')}" for arm in ("etr", "fixed-0.1", "fixed-0.4")]
-    save(figure, "differences", f"pass@1 at the end, points against GRPO: {', '.join(gaps)}",
+    save(figure, "differences", f"pass@1: {', '.join(gaps)}",
          f"{len(STAGES['final'].seeds)} paired seeds, lr 1e-4 unless named; 95 % t-intervals, not corrected for "
          f"{3 * len(entries)} comparisons")
 
@@ -425,10 +428,12 @@ def draw_regimes(stage):
     right.axvline(0, color="#000000", lw=1)
     panel(left, "GRPO", "mean pass@1 on the way", "")
     panel(right, "ETR", "points against GRPO", "")
-    left.set_yticks(range(len(names)), [f"{STAGES[name].updates} updates, G = {STAGES[name].group_size}, lr {rate(name)}" for name in names])
+    labels = [f"{STAGES[name].updates} updates, G = {STAGES[name].group_size}, lr {rate(name)}" for name in names]
+    left.set_yticks(range(len(names)), labels)
     left.set_ylim(len(names) - 0.5, -0.5)
+    chance = sum(0.5 ** len(STAGES[name].seeds) for name in names)
     save(figure, "regimes", f"ETR is ahead of GRPO on each tuning seed in {ahead} of {len(names)} regimes",
-         "one dot per tuning seed (4 or 2 of them), bar: their mean; batches of 256 completions, 24 steps")
+         f"one dot per tuning seed, bar: their mean; if nothing differed, {chance:.0f} of {len(names)} would be expected")
 
 
 def print_table(stage):
