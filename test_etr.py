@@ -371,6 +371,12 @@ def python(*args, cwd):
     return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
+def run_code(code, **names):
+    """What a piece of etr.py or of the README, both files of this repository, leaves behind: {name: value}."""
+    exec(code, names)
+    return names
+
+
 def test_docstring_examples_run():
     result = doctest.testmod(etr)
     assert result.attempted >= 4 and result.failed == 0
@@ -380,7 +386,7 @@ def test_the_two_marked_lines_are_all_that_differs_from_grpo():
     source, macro = re.subn(r"return .*# ETR: .*", "return torch.ones_like(variance)", Path(etr.__file__).read_text())
     source, micro = re.subn(r"scale = .*# ETR: .*", "scale = torch.ones_like(advantages)", source)
     assert macro == micro == 1 and "# ETR:" not in source
-    exec(source, without := {"__name__": "etr_without_its_two_lines"})
+    without = run_code(source, __name__="etr_without_its_two_lines")
     rules = torch.tensor([[radii.tolist() for radii in pair] for pair in without["bounds_by_pass_rate"](8)[1].values()])
     grpo = torch.stack(etr.bounds_by_pass_rate(8)[1]["GRPO"])
     assert len(rules) == 4 and torch.equal(rules.nan_to_num(), grpo.nan_to_num().expand(4, 2, 9))
@@ -922,8 +928,7 @@ def blocks(language):
 
 
 def test_the_readme_example_runs():
-    namespace = {}
-    exec(blocks("python")[0], namespace)
+    namespace = run_code(blocks("python")[0])
     assert namespace["logprobs"].grad.abs().sum() > 0 and namespace["stats"]["clip_fraction"] > 0
 
 
@@ -935,9 +940,8 @@ def test_the_readme_diff_turns_grpo_into_etr():
     bounds = {"+": etr.elastic_clip_bounds(etr.group_advantages(rewards), budgets), "-": torch.full((2, 2, 4), 0.2, dtype=torch.float64)}
     for sign, other in ("+-", "-+"):
         code = "\n".join(line[2:] for line in diff.splitlines() if line[0] != other)
-        namespace = dict(torch=torch, rewards=rewards, logprobs=logprobs.view(2, 4, 12).permute(2, 0, 1),
-                         old_logprobs=old_logprobs.view(2, 4, 12).permute(2, 0, 1))
-        exec(code, namespace)
+        namespace = run_code(code, torch=torch, rewards=rewards, logprobs=logprobs.view(2, 4, 12).permute(2, 0, 1),
+                             old_logprobs=old_logprobs.view(2, 4, 12).permute(2, 0, 1))
         ours, _ = etr.surrogate_loss(logprobs, old_logprobs, etr.group_advantages(rewards).flatten(), *(x.flatten() for x in bounds[sign]),
                                      torch.ones(8, 12))
         torch.testing.assert_close(namespace["loss"].mean(), ours)
@@ -995,9 +999,7 @@ def test_every_figure_of_the_evidence_is_drawn_from_the_committed_csv_and_prints
 def run_block(package):
     """The namespace left by the README code block that imports the package."""
     code, = (block for block in blocks("python") if re.search(rf"^(import|from) {package}\b", block, re.M))
-    namespace = {}
-    exec(compile(code, f"README.md, {package}", "exec"), namespace)
-    return namespace
+    return run_code(compile(code, f"README.md, {package}", "exec"))
 
 
 def reward(completion):

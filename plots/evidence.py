@@ -227,10 +227,15 @@ def column(rows, arm, name):
     return {row["seed"]: row[name] for row in rows if row["arm"] == arm}
 
 
-def difference(rows, arm, name, base="grpo"):
-    """Paired difference between two arms in points (hundredths): (mean, half-width)."""
+def paired(rows, arm, name, base="grpo"):
+    """Difference between two arms in points (hundredths), one per seed."""
     ours, theirs = column(rows, arm, name), column(rows, base, name)
-    return interval([100 * (ours[seed] - theirs[seed]) for seed in ours])
+    return [100 * (ours[seed] - theirs[seed]) for seed in ours]
+
+
+def difference(*args):
+    """(mean, half-width) of the paired difference."""
+    return interval(paired(*args))
 
 
 def say(mean, half, unit=" points"):
@@ -415,14 +420,13 @@ def draw_map(rows):
 def draw_regimes(stage):
     """ETR against GRPO in each regime, beside how far GRPO comes there."""
     names = ["map", *(name for name in STAGES if name.startswith("regime"))]
-    names.sort(key=lambda name: STAGES[name]._replace(seeds=0, arms=0)[::-1])
+    names.sort(key=lambda name: (STAGES[name].group_size, STAGES[name].updates, STAGES[name].learning_rate))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.5), sharey=True, layout="constrained")
     ahead = 0
     for y, name in enumerate(names):
-        grpo, ours = (column(stage[name], arm, "auc") for arm in ("grpo", "etr"))
-        gaps = [100 * (ours[seed] - grpo[seed]) for seed in grpo]
+        grpo, gaps = list(column(stage[name], "grpo", "auc").values()), paired(stage[name], "etr", "auc")
         ahead += min(gaps) > 0
-        for axis, values, color in ((left, list(grpo.values()), ARMS["grpo"].color), (right, gaps, ARMS["etr"].color)):
+        for axis, values, color in ((left, grpo, ARMS["grpo"].color), (right, gaps, ARMS["etr"].color)):
             axis.plot(values, [y] * len(values), "o", color=color, ms=8, alpha=0.6)
             axis.plot(np.mean(values), y, "|", color=color, ms=22, mew=3)
     right.axvline(0, color="#000000", lw=1)
