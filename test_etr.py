@@ -451,52 +451,63 @@ def test_rollout_logprobs_and_entropies_are_those_of_the_plain_forward(warm):
         torch.testing.assert_close(rollouts.entropies[i, mask], softmax.entropy(), atol=2e-5, rtol=1e-5)
 
 
-def test_scores_equal_rollout_logprobs_and_their_gradient_that_of_full_logits(warm):
-    model = warm[1]
-    prompts, rollouts = roll(warm)
-    tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
-    logprobs = ts.score(model, ts.hidden_states(model, prompts, [4] * len(prompts), tokens), tokens, mask)
-    torch.testing.assert_close(logprobs, rollouts.logprobs, atol=2e-5, rtol=1e-5)
-    ours = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), materialize_grads=True)
-    plain = sum((plain_logits(model, prompts[i // 4], row[on].tolist()).log_softmax(-1).gather(1, row[on][:, None])[:, 0]
-                 * weights[i, on]).sum() for i, (row, on) in enumerate(zip(tokens, mask)))
-    for a, b in zip(ours, torch.autograd.grad(plain, list(model.parameters()), materialize_grads=True)):
-        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()) + 1e-7, rtol=1e-3)
-
-
 @pytest.mark.parametrize("budget, at_once", [(1, 2**24), (200, 2**24), (10**6, 2**24), (10**6, 1), (10**6, 10**4), (200, 5000)])
-def test_pieces_and_slices_of_any_size_give_the_same_logprobs_and_gradient(warm, monkeypatch, budget, at_once):
-    args, model = warm[:2]
-    prompts, rollouts = roll(warm)
-    tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
-    whole = ts.score(model, ts.hidden_states(model, prompts, [4] * len(prompts), tokens), tokens, mask)
-    expected = torch.autograd.grad((whole * weights).sum(), list(model.parameters()), materialize_grads=True)
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_are_the_rollout_logprobs_and_their_gradient_that_of_full_logits(warm, monkeypatch, budget, at_once, tied):
+    args, model = warm[0], copy.deepcopy(warm[1])
+    if tied:  # the head's gradient meets the embedding's; a bias, too
+        model.lm_head.weight = model.get_input_embeddings().weight
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-0.5, 0.5, model.config.vocab_size))
     monkeypatch.setattr(ts, "LOGITS_AT_ONCE", at_once)
-    pieces, B = [], len(mask)
-    model.zero_grad()
-    for i, logprobs in ts.score_in_pieces(argparse.Namespace(micro_batch_tokens=budget), model, [prompts[i // 4] for i in range(B)],
-                                          range(B), tokens, mask):
-        (logprobs * weights[i]).sum().backward()
-        pieces.append((i, logprobs.detach()))
-    gradients = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
+    prompts, rollouts = roll((args, model, *warm[2:]))
+    tokens, mask, weights = rollouts.tokens, rollouts.mask, torch.linspace(-1, 1, rollouts.mask.numel()).view(rollouts.mask.shape)
+    pieces, B, calls = [], len(mask), 2
+    for _ in range(calls):  # gradients add up
+        pieces.clear()
+        for i, logprobs in ts.score_in_pieces(argparse.Namespace(micro_batch_tokens=budget), model, [prompts[i // 4] for i in range(B)],
+                                              range(B), tokens, mask):
+            (logprobs * weights[i]).sum().backward()
+            pieces.append((i, logprobs.detach()))
     assert torch.cat([i for i, _ in pieces]).tolist() == list(range(B))
     expected_count = {(1, 2**24): B, (10**6, 1): B, (10**6, 2**24): 1}
     assert len(pieces) == expected_count.get((budget, at_once), len(pieces)) and (len(pieces) > 1 or (budget, at_once) == (10**6, 2**24))
     torch.testing.assert_close(torch.cat([logprobs for _, logprobs in pieces]), rollouts.logprobs, atol=2e-5, rtol=1e-5)
-    for ours, theirs in zip(gradients, expected):
-        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()) + 1e-7, rtol=1e-3)
+    plain = sum((plain_logits(model, prompts[i // 4], row[on].tolist()).log_softmax(-1).gather(1, row[on][:, None])[:, 0]
+                 * weights[i, on]).sum() for i, (row, on) in enumerate(zip(tokens, mask)))
+    expected = torch.autograd.grad(calls * plain, list(model.parameters()), materialize_grads=True)
+    for parameter, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3 * float(gradient.abs().max()) + 1e-7, rtol=1e-3)
+
+
+def test_scoring_without_gradients_leaves_none(warm):
+    args, model = warm[0], copy.deepcopy(warm[1])
+    prompts, rollouts = roll(warm)
+    with torch.no_grad():
+        scores = [logprobs for _, logprobs in ts.score_in_pieces(args, model, [prompt for prompt in prompts for _ in range(4)],
+                                                                 range(24), rollouts.tokens, rollouts.mask)]
+    torch.testing.assert_close(torch.cat(scores), rollouts.logprobs, atol=2e-5, rtol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_a_completion_draws_does_not_depend_on_when_others_leave(warm):
+    end = ts.stop_tokens(warm[1], warm[2])
+    leaving = roll(warm)[1]
+    staying = ts.sample(warm[1], [problem.prompt for problem in warm[3]["train"][:6]], 4, 48, [], ts.generator("cpu", "test", 0))
+    assert len(leaving.mask.sum(1).unique()) > 2 and bool(staying.mask.all())
+    for row, on, kept in zip(leaving.tokens, leaving.mask, staying.tokens):
+        assert row[on].tolist() == kept[:int(on.sum())].tolist()
+        assert int(on.sum()) == 48 or int(row[on][-1]) in end
 
 
 def test_a_completion_ends_with_its_first_end_token_or_is_cut(warm):
     end = warm[2].eos_token_id
-    for rollouts in (roll(warm)[1], roll(warm, max_new_tokens=9)[1]):
+    for rollouts in (roll(warm)[1], roll(warm, max_new_tokens=20)[1]):
         lengths = rollouts.mask.sum(1)
         assert torch.equal(rollouts.mask, torch.arange(rollouts.mask.shape[1]) < lengths[:, None])  # no holes
         for tokens, length in zip(rollouts.tokens, lengths):
             assert end not in tokens[:length - 1]
             assert tokens[length - 1] == end or length == rollouts.mask.shape[1]
-    assert (lengths == 9).any() and (lengths < 9).any()
+    assert (lengths == 20).any() and (lengths < 20).any()
 
 
 def test_sampling_uses_the_full_softmax_whatever_the_generation_config_says(warm):

@@ -535,7 +535,7 @@ def sample(model, prompts, group_size, max_new_tokens, stop, rng, temperature=1.
     """
     device, B = model.device, len(prompts) * group_size
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    mask, logprobs, entropies = tokens.bool(), tokens.float(), tokens.float()
+    logprobs, entropies = tokens.float(), tokens.float()
     stop = torch.tensor(stop, device=device)
     rows = torch.arange(B, device=device)  # the completion each row of the cache belongs to
     alive = torch.ones(B, dtype=torch.bool, device=device)
@@ -546,23 +546,26 @@ def sample(model, prompts, group_size, max_new_tokens, stop, rng, temperature=1.
             if temperature == 0:
                 token = logp.argmax(-1)
             else:
-                token = torch.multinomial((logp / temperature).softmax(-1), 1, generator=rng)[:, 0]
-            on = rows[alive]
-            tokens[on, t], mask[on, t] = token[alive], True
-            logprobs[on, t] = logp.gather(1, token[:, None])[alive, 0]
-            entropies[on, t] = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)[alive]  # exp(-inf) * -inf would be NaN
+                # Every completion draws, ended or not: when a row leaves the batch changes no other. multinomial would draw B x V.
+                u = torch.rand(B, 1, generator=rng, device=device)[rows]
+                cdf = (logp / temperature).softmax(-1).cumsum(-1)
+                token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+            tokens[rows, t], logprobs[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
+            entropies[rows, t] = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)  # exp(-inf) * -inf would be NaN
             alive = alive & ~torch.isin(token, stop)
             left = int(alive.sum())
             if left == 0 or t + 1 == max_new_tokens:
                 break
-            if left <= 0.75 * len(rows):  # leaving costs a copy of the cache, so it waits until a quarter is done
+            if left <= 0.875 * len(rows):  # leaving costs a copy of the cache, so it waits until an eighth is done
                 keep = alive.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 rows, token, attention, alive = rows[keep], token[keep], attention[keep], alive[keep]
             attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
             hidden = model.base_model(input_ids=token[:, None], attention_mask=attention, cache=cache, use_cache=True,
                                       position_ids=attention.sum(1, keepdim=True) - 1).last_hidden_state[:, -1]
-    return Rollouts(*(x[:, :t + 1] for x in (tokens, mask, logprobs, entropies)))
+    ends = torch.isin(tokens, stop).long()
+    mask = (ends.cumsum(1) - ends == 0)[:, :t + 1]  # up to the first end token, with it
+    return Rollouts(tokens[:, :t + 1] * mask, mask, *(x[:, :t + 1].where(mask, 0.0) for x in (logprobs, entropies)))
 
 
 def sample_and_grade(args, model, tokenizer, problems, group_size, rng, temperature=1.0):
@@ -592,17 +595,30 @@ def hidden_states(model, prompts, repeats, tokens):
         return torch.cat([first[:, None], rest], 1)
 
 
-def score(model, states, tokens, mask):
-    """Log-probability (B, T) of each completion token, 0 where mask is false; the training counterpart of `sample`."""
-    logprobs = -F.cross_entropy(head_logits(model, states[mask]), tokens[mask], reduction="none")
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+@torch.no_grad()
+def head_backward(model, hidden, logp, chosen, gradient):
+    """Back through the output head, by hand: d log p(y) / d logits is onehot(y) - p. Written over logp, nothing else is of its size.
+
+    hidden: (N, H); logp: (N, V); chosen: the tokens y, (N, 1); gradient: d loss / d log p(y), (N,). Adds to the head's gradients
+    and returns d loss / d hidden, (N, H).
+    """
+    head = model.get_output_embeddings()
+    for parameter in head.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    d_logits = logp.exp_().mul_(-gradient[:, None]).scatter_add_(1, chosen, gradient[:, None])
+    head.weight.grad.addmm_(d_logits.T, hidden.float())  # in place: autograd would make a second weight per slice, and add it
+    if head.bias is not None:
+        head.bias.grad += d_logits.sum(0)
+    return d_logits @ head.weight
 
 
 def score_in_pieces(args, model, prompts, rows, tokens, mask):
-    """Yields (some of `rows`, their log-probabilities (b, T)); for gradients, call backward() on each before asking for the next.
+    """Yields (some of `rows`, the log-probabilities (b, T) of their tokens, 0 where mask is false): `sample`'s counterpart in training.
 
-    prompts: the prompt of each row of tokens and mask (B, T); one that neighbouring rows share is run once per piece. The layers
-    see pieces of at most --micro-batch-tokens, the head slices of a piece: one slice's logits exist at a time.
+    For gradients, call backward() on each before asking for the next. prompts: the prompt of each row of tokens and mask (B, T); one
+    that neighbouring rows share is run once per piece. The layers see pieces of at most --micro-batch-tokens, the head slices of a
+    piece: one slice's logits exist at a time.
     """
     lengths, pieces = mask.sum(1).tolist(), [[]]
     for row in rows:
@@ -614,12 +630,18 @@ def score_in_pieces(args, model, prompts, rows, tokens, mask):
         shared = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts[i] for i in piece)]
         longest, index = max(lengths[i] for i in piece), torch.tensor(piece, device=tokens.device)
         states = hidden_states(model, *zip(*shared), tokens[index, :longest])
-        slices = states.split(max(1, LOGITS_AT_ONCE // (longest * model.get_output_embeddings().weight.shape[0])))
-        leaves = [part.detach().requires_grad_(part.requires_grad) for part in slices]  # where gradients wait for the last slice
-        for leaf, i in zip(leaves, index.split(len(leaves[0]))):
-            yield i, F.pad(score(model, leaf, tokens[i, :longest], mask[i, :longest]), (0, tokens.shape[1] - longest))
-        if leaves[-1].grad is not None:
-            torch.autograd.backward(slices, [leaf.grad for leaf in leaves])
+        size = max(1, LOGITS_AT_ONCE // (longest * model.get_output_embeddings().weight.shape[0]))
+        d_states = torch.zeros_like(states)
+        for i, part, d_part in zip(index.split(size), states.detach().split(size), d_states.split(size)):
+            on, chosen = mask[i, :longest], tokens[i][mask[i]][:, None]
+            with torch.no_grad():
+                logp = head_logits(model, part[on]).log_softmax(-1)
+            chosen_logp = logp.gather(1, chosen)[:, 0].requires_grad_(states.requires_grad)
+            yield i, torch.zeros(mask[i].shape, device=mask.device).masked_scatter(mask[i], chosen_logp)
+            if chosen_logp.grad is not None:
+                d_part[on] = head_backward(model, part[on], logp, chosen, chosen_logp.grad).to(states.dtype)
+        if chosen_logp.grad is not None:
+            states.backward(d_states)
 
 
 # ---------------------------------------------------------------------------------------- files that survive any interruption

@@ -130,8 +130,11 @@ def rollouts(setup):
     batching = transformers.ContinuousBatchingConfig(page_size=32, num_blocks=len(prompts) * G * ((width + longest) // 32 + 2),
                                                      max_batch_tokens=max(256, len(prompts) * G))
 
+    alive = []  # how many completions go on, at each token of our last rollout
+
     def ours():
-        return int(ts.sample(model, prompts, G, longest, [eos], rng).mask.sum())
+        alive[:] = ts.sample(model, prompts, G, longest, [eos], rng).mask.sum(0).tolist()
+        return sum(alive)
 
     def generate():
         ended = (model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:] == eos).long()
@@ -142,12 +145,24 @@ def rollouts(setup):
         assert len(outputs) == len(prompts) * G and not any(output.error for output in outputs)
         return sum(len(output.generated_tokens) for output in outputs)
 
-    rounds = [[timed(work) for work in (ours, generate, generate_batch)] for _ in range(REPEATS + 1)]
+    layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    inputs = {layer.in_features: torch.randn(max(sum(map(len, prompts)), len(prompts) * G), layer.in_features) for layer in layers}
+
+    @torch.no_grad()
+    def products():
+        """The matrix products of that rollout and nothing else."""
+        for rows, called in ((sum(map(len, prompts)), layers), *((rows, [*layers, model.get_output_embeddings()]) for rows in alive[1:])):
+            for layer in called:
+                layer(inputs[layer.in_features][:rows])
+        return sum(alive)
+
+    rounds = [[timed(work) for work in (ours, generate, generate_batch, products)] for _ in range(REPEATS + 1)]
     del rounds[0]  # it was for warming up
     rates = [[tokens / seconds for tokens, seconds in runs] for runs in zip(*rounds)]
     tokens = median(runs[0][0] for runs in rounds)
     size = f" ({len(prompts)} x {G}, {tokens / len(prompts) / G:.0f} of {longest} tokens, prompts to {width})"
-    for name, target, rate in zip(("ours" + size, "generate", "generate_batch"), ("", ">= 2.5", ">= 1.2"), rates):
+    names = "ours" + size, "generate", "generate_batch", "our matrix products alone"
+    for name, target, rate in zip(names, ("", ">= 2.5", ">= 1.2", ""), rates):
         row("rollout", setup.name, name, rate, "tokens/s", median(rates[0]) / median(rate), target, setup.threads)
     limit(setup, "rollout", tokens, [tokens / rate for rate in rates[0]])
 
@@ -345,6 +360,11 @@ def draw():
     colors = ["#D55E00", "#000000", "#0072B2"]
     figure, axes = ts.plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
 
+    def ratios(part, what):
+        """The smallest and the largest, or nothing."""
+        found = sorted(float(line["ratio"]) for line in table if line["part"] == part and line["what"].startswith(what))
+        return found[:1] + found[-1:]
+
     def bars(axis, part, column, models, names, labels, title, ylabel):
         skip = int(column == "ratio")  # of ours, which is the line at 1
         for at, model in enumerate(models):
@@ -360,15 +380,21 @@ def draw():
 
     both, labels = ["built-in", "135M"], ["built-in model", "135M"]
     bars(axes[0, 0], "rollout", "ratio", [*both, "135M, GSM8K"], ["generate", "generate_batch"],
-         ["built-in", "135M, short\nprompts", "135M, GSM8K's\nprompts"], "Rollouts", "our tokens per second, theirs = 1")
+         ["built-in", "135M, short\nprompts", "135M, GSM8K's\nprompts"],
+         "Rollouts: {:.1f} to {:.1f} times theirs".format(*ratios("rollout", "generate")), "our tokens per second, theirs = 1")
     axes[0, 0].axhline(1, ls="--", color="#777777")
-    bars(axes[0, 1], "step", "value", both, ["ours", "TRL"], labels, "A training step", "seconds")
+    trl = ratios("step", "TRL")
+    bars(axes[0, 1], "step", "value", both, ["ours", "TRL"], labels,
+         "A step: {:.1f} to {:.1f} times as fast as TRL's".format(*trl) if trl else "A training step", "seconds")
     bars(axes[0, 2], "loss", "value", ["V=49152", "V=151936"], ["ours", "all logits kept"], ["V = 49,152", "V = 151,936"],
-         "Loss and its gradient", "peak memory (GiB), 32 x 256 tokens")
+         "The loss: 1/{:.0f} to 1/{:.0f} of the memory".format(*(1 / ratio for ratio in reversed(ratios("loss", "peak memory, ours")))),
+         "peak memory (GiB),\n32 x 256 tokens")
     for axis, what in ((axes[1, 0], "seconds"), (axes[1, 1], "memory")):
+        slopes = []
         for name, color in zip(GROWTH, colors):
             lines = [line for line in table if line["model"].split("=")[0] == name and what in line["what"]]
             *costs, slope = [float(line["value"]) for line in lines]
+            slopes.append(slope)
             x, y = ([value / values[0] for value in values] for values in (GROWTH[name], costs))
             axis.plot(x, y, "o-", color=color, lw=2.5, label=f"{name}: slope {slope:.2f}")
         axis.plot([1, 8], [1, 8], ls="--", color="#777777", label="linear")
@@ -377,7 +403,7 @@ def draw():
         axis.minorticks_off()
         axis.set_xlabel("size, smallest = 1", fontsize=13)
         axis.set_ylabel("cost, smallest = 1", fontsize=13)
-        axis.set_title(f"How the {what} of a step grow" + "s" * (what == "memory"), fontsize=14)
+        axis.set_title(f"A step's {what}: slopes of {min(slopes):.1f} to {max(slopes):.1f}", fontsize=14)
         axis.legend(fontsize=12, frameon=False)
     lines = [line for line in table if line["part"] == "limit"]
     for i, line in enumerate(lines):
@@ -386,7 +412,7 @@ def draw():
     axes[1, 2].set_yticks(range(len(lines)), [f"{line['model']}, {line['what'].split(';')[0]}" for line in lines])
     axes[1, 2].set_xlim(0, 100)
     axes[1, 2].set_xlabel("% of a large matrix product's speed", fontsize=13)
-    axes[1, 2].set_title("Against the machine's limit", fontsize=14)
+    axes[1, 2].set_title("{:.0%} to {:.0%} of the machine's limit".format(*ratios("limit", "")), fontsize=14)
     for axis in axes.flat:
         axis.tick_params(labelsize=12)
         axis.spines[["top", "right"]].set_visible(False)
