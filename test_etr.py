@@ -489,6 +489,18 @@ def test_scoring_without_gradients_leaves_none(warm):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-24])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(warm, monkeypatch, u):
+    model = copy.deepcopy(warm[1])
+    impossible = torch.zeros(model.config.vocab_size)
+    impossible[:3] = impossible[-3:] = -math.inf
+    model.lm_head.bias = torch.nn.Parameter(impossible)
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, u))
+    rollouts = ts.sample(model, [problem.prompt for problem in warm[3]["train"][:6]], 2, 9, [], None)
+    assert 3 <= rollouts.tokens.min() and rollouts.tokens.max() < len(impossible) - 3
+    assert rollouts.logprobs.isfinite().all() and rollouts.entropies.isfinite().all()
+
+
 def test_what_a_completion_draws_does_not_depend_on_when_others_leave(warm):
     end = ts.stop_tokens(warm[1], warm[2])
     leaving = roll(warm)[1]
