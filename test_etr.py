@@ -1007,6 +1007,17 @@ def test_the_readme_results_are_computed_from_the_committed_runs():
             assert printed == pytest.approx(expected, abs=0.0006 if arm == "grpo" else 0.06), (arm, rate, column)
 
 
+def test_the_readmes_second_series_is_that_of_the_committed_runs():
+    def gains(name, column):
+        with open(ROOT / f"plots/{name}.csv", newline="") as file:
+            runs = {(row["arm"], row["seed"]): 100 * float(row[column]) for row in csv.DictReader(file) if row["stage"] == "final"}
+        return [runs["etr", str(seed)] - runs["grpo", str(seed)] for seed in range(10)]
+    (_, p, p_half), (_, g, g_half) = (ts.mean_and_band([{0: gain} for gain in gains("again", name)]) for name in ("pass1_after", "greedy_after"))
+    assert f"pass@1 {p[0]:+.1f} ± {p_half[0]:.1f} points, greedy {g[0]:+.1f} ± {g_half[0]:.1f}. The" in README
+    r = statistics.correlation(gains("ends", "pass1_after"), gains("again", "pass1_after"))
+    assert f"have a correlation of {r:.2f}:" in README
+
+
 def test_every_figure_of_the_evidence_is_drawn_from_the_committed_csv_and_prints_the_readmes_table(tmp_path):
     for path in (ROOT / "plots").glob("*.csv"):
         shutil.copy(path, tmp_path)
