@@ -546,7 +546,7 @@ def sample(model, prompts, group_size, max_new_tokens, stop, rng, temperature=1.
             if temperature == 0:
                 token = logp.argmax(-1)
             else:
-                # Every completion draws, ended or not: when a row leaves the batch changes no other. multinomial would draw B x V.
+                # One number per completion, ended or not, so no draw depends on who has left; multinomial would take B x V of them.
                 u = torch.rand(B, 1, generator=rng, device=device)[rows]
                 cdf = (logp / temperature).softmax(-1).cumsum(-1)
                 token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
@@ -607,7 +607,7 @@ def head_backward(model, hidden, logp, chosen, gradient):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     d_logits = logp.exp_().mul_(-gradient[:, None]).scatter_add_(1, chosen, gradient[:, None])
-    head.weight.grad.addmm_(d_logits.T, hidden.float())  # in place: autograd would make a second weight per slice, and add it
+    head.weight.grad.addmm_(d_logits.T, hidden.float())  # in place: autograd would make another such gradient per slice
     if head.bias is not None:
         head.bias.grad += d_logits.sum(0)
     return d_logits @ head.weight
