@@ -476,7 +476,7 @@ def test_scores_are_the_rollout_logprobs_and_their_gradient_that_of_full_logits(
                  * weights[i, on]).sum() for i, (row, on) in enumerate(zip(tokens, mask)))
     expected = torch.autograd.grad(calls * plain, list(model.parameters()), materialize_grads=True)
     for parameter, gradient in zip(model.parameters(), expected):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3 * float(gradient.abs().max()) + 1e-7, rtol=1e-3)
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-7, rtol=1e-3)
 
 
 def test_scoring_without_gradients_leaves_none(warm):
@@ -503,8 +503,8 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(warm, monkeypatch, u
 
 def test_what_a_completion_draws_does_not_depend_on_when_others_leave(warm):
     end = ts.stop_tokens(warm[1], warm[2])
-    leaving = roll(warm)[1]
-    staying = ts.sample(warm[1], [problem.prompt for problem in warm[3]["train"][:6]], 4, 48, [], ts.generator("cpu", "test", 0))
+    prompts, leaving = roll(warm)
+    staying = ts.sample(warm[1], prompts, 4, 48, [], ts.generator("cpu", "test", 0))
     assert len(leaving.mask.sum(1).unique()) > 2 and bool(staying.mask.all())
     for row, on, kept in zip(leaving.tokens, leaving.mask, staying.tokens):
         assert row[on].tolist() == kept[:int(on.sum())].tolist()

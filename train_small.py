@@ -634,12 +634,13 @@ def score_in_pieces(args, model, prompts, rows, tokens, mask):
         d_states = torch.zeros_like(states)
         for i, part, d_part in zip(index.split(size), states.detach().split(size), d_states.split(size)):
             on, chosen = mask[i, :longest], tokens[i][mask[i]][:, None]
+            hidden = part[on]
             with torch.no_grad():
-                logp = head_logits(model, part[on]).log_softmax(-1)
+                logp = head_logits(model, hidden).log_softmax(-1)
             chosen_logp = logp.gather(1, chosen)[:, 0].requires_grad_(states.requires_grad)
             yield i, torch.zeros(mask[i].shape, device=mask.device).masked_scatter(mask[i], chosen_logp)
             if chosen_logp.grad is not None:
-                d_part[on] = head_backward(model, part[on], logp, chosen, chosen_logp.grad).to(states.dtype)
+                d_part[on] = head_backward(model, hidden, logp, chosen, chosen_logp.grad).to(states.dtype)
         if chosen_logp.grad is not None:
             states.backward(d_states)
 
