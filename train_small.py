@@ -1,17 +1,21 @@
 """GRPO against ETR on a small language model: one file, read from top to bottom.
 
-    python train_small.py                                   built-in arithmetic task, tiny model, no GPU, no download
-    python train_small.py --task gsm8k --algos grpo etr     Qwen2.5-0.5B-Instruct on GSM8K, one GPU
-    python train_small.py --task math --levels 1 2 3        the same on MATH
+    python train_small.py                             built-in arithmetic, no GPU, no download
+    python train_small.py --task gsm8k                Qwen2.5-0.5B-Instruct on GSM8K, one GPU
+    python train_small.py --task math --levels 1 2 3  the same on MATH
 
-Data flows one way: prompts -> rollouts -> rewards -> advantages -> bounds -> loss -> step -> metrics -> plots. Every arm of a
-seed starts from the same weights, sees the same prompts and runs the same code; arms differ only in `clip_bounds`.
+Data flows one way: prompts, rollouts, rewards, advantages, bounds, loss, step, metrics, pictures.
+Arms differ only in their rule for the bounds: weights at the start, prompts and code are the same.
 
-Left out on purpose: several GPUs, an inference engine, a KL penalty, LoRA. Rollouts are sampled at temperature 1 from the full
-softmax, because that is the distribution the loss scores. The README explains every metric.
+Shapes: P prompts, G completions each, B = P*G rows, T completion tokens, H hidden units, V words.
+Left out on purpose: several GPUs, an inference engine, a KL penalty, LoRA.
 """
 
 import argparse
+import contextlib
+import fcntl
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -23,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,785 +36,803 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import etr
 
-matplotlib.use("Agg")  # there may be no screen
-import matplotlib.pyplot as plt  # noqa: E402
+# ---- config
 
-# ---------------------------------------------------------------------------------------------------------------- config
 
-Arm = namedtuple("Arm", "micro macro low high color")  # elasticities, factors on --clip-low and --clip-high, Okabe-Ito colour
+def elastic(micro, macro, above=1.0):
+    """The rule of an arm: (rewards, advantages, eps) -> clip radii (low, high), all (P, G)."""
+    def rule(rewards, advantages, eps):
+        budgets = etr.variance_budgets(rewards, macro)
+        return etr.elastic_clip_bounds(advantages, budgets, eps, above * eps, micro)
+    return rule
+
+
+Arm = namedtuple("Arm", "rule color")  # Okabe-Ito colours, the same in every picture
 ARMS = {
-    "grpo": Arm(0.0, 0.0, 1.0, 1.0, "#000000"),
-    "etr": Arm(1.0, 1.0, 1.0, 1.0, "#D55E00"),
-    "micro": Arm(1.0, 0.0, 1.0, 1.0, "#E69F00"),
-    "macro": Arm(0.0, 1.0, 1.0, 1.0, "#009E73"),
-    "clip-higher": Arm(0.0, 0.0, 1.0, 1.4, "#0072B2"),  # DAPO: 0.2 below, 0.28 above
+    "grpo": Arm(elastic(0.0, 0.0), "#000000"),
+    "etr": Arm(elastic(1.0, 1.0), "#D55E00"),
+    "micro": Arm(elastic(1.0, 0.0), "#E69F00"),
+    "macro": Arm(elastic(0.0, 1.0), "#009E73"),
+    "clip-higher": Arm(elastic(0.0, 0.0, above=1.4), "#0072B2"),  # DAPO: 0.2 below, 0.28 above
 }
+REAL = dict(
+    model="Qwen/Qwen2.5-0.5B-Instruct", steps=100, updates_per_step=8, learning_rate=2e-6,
+    max_new_tokens=256, train_problems=0, warmup_steps=0, warmup_batch=16, warmup_rate=1e-5)
 TASKS = {  # the defaults that depend on the task
-    "arithmetic": dict(model="built-in", steps=50, prompts_per_step=32, group_size=8, updates_per_step=16, learning_rate=1e-4,
-                       max_new_tokens=48, eval_problems=200, train_problems=20000, warmup_steps=300, warmup_learning_rate=8e-3),
-    "gsm8k": dict(model="Qwen/Qwen2.5-0.5B-Instruct", steps=100, prompts_per_step=32, group_size=8, updates_per_step=8,
-                  learning_rate=2e-6, max_new_tokens=256, eval_problems=200, train_problems=0, warmup_steps=0,
-                  warmup_learning_rate=1e-5),
+    "arithmetic": dict(
+        model="built-in", steps=50, updates_per_step=16, learning_rate=1e-4, max_new_tokens=48,
+        train_problems=20000, warmup_steps=300, warmup_batch=64, warmup_rate=8e-3),
+    "gsm8k": REAL,
+    "math": dict(REAL, max_new_tokens=512),
 }
-TASKS["math"] = dict(TASKS["gsm8k"], max_new_tokens=512)
-EVAL_SAMPLES = 8  # completions per held-out problem, for pass@1 and pass@k
+EVAL_SAMPLES = 8  # per held-out problem, for pass@1 and pass@k
+EVAL_AT_ONCE = 64  # held-out problems
 LR_WARMUP_UPDATES = 20  # Adam's first steps at the full rate wreck a tiny model
-MINIBATCHES = 4  # a rollout batch is cut into this many; more updates than that go over it again
-LOGITS_AT_ONCE = 2**24  # 64 MiB, unless a single completion has more: the head's share of memory
-WARMUP_BATCH = 64  # worked solutions per supervised step
+MINIBATCHES = 4  # per rollout batch; more updates than that go over it again
+LOGITS_AT_ONCE = 2**24  # 64 MiB
 
 
 class UserError(Exception):
-    """A mistake the user can mend, or a fault of the machine: its one sentence is printed instead of a stack trace."""
+    """A mistake the user can mend: one sentence instead of a stack trace."""
 
 
-def whole(least):
+@contextlib.contextmanager
+def expecting(what):
+    """Turns any error inside into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        got = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"expected {what}, got {got:.300}") from error
+
+
+def number(kind, least, below=math.inf):
     def parse(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
-        return int(text)
+        if not least <= kind(text) < below:
+            raise ValueError
+        return kind(text)
+    parse.__name__ = f"{kind.__name__} in [{least:g}, {below:g})"  # for argparse's message
     return parse
 
 
-def positive(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return float(text)
+def add_flags(add):
+    count, natural = number(int, 1), number(int, 0)
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    # problems
+    add("--task", choices=TASKS, default="arithmetic", help="sets other defaults, too")
+    add("--data", help="folder with train.jsonl and test.jsonl, instead of the hub")
+    add("--levels", type=count, nargs="+", help="of MATH, or GSM8K's number of steps")
+    add("--train-problems", type=natural, help="0: all")
+    add("--eval-problems", type=count, default=200, help="held out, for validation")
+    add("--test-problems", type=count, default=200, help="held out, for the final test")
+    # model and memory
+    add("--model", help="hub id or folder")
+    add("--device", choices={"cpu", device}, default=device)
+    add("--shots", type=natural, help="worked examples in a prompt; 2 without warm start")
+    add("--max-new-tokens", type=count, help="longest completion")
+    add("--micro-batch-tokens", type=count, default=4096, help="lower it to save memory")
+    # arms, seeds, output
+    add("--algos", choices=ARMS, nargs="+", default=["grpo", "etr"], help="arms to compare")
+    add("--clip", type=number(float, 1e-9, 1 / 3), default=0.2, help="clip radius of GRPO, eps")
+    add("--seeds", type=count, default=1, help="how many, paired between the arms")
+    add("--seed", type=natural, default=0, help="the first")
+    add("--out", help="folder, runs/TASK if not given")
+    add("--resume", action="store_true", help="continue what is in --out")
+    # training
+    add("--warmup-steps", type=natural, help="supervised, before RL")
+    add("--warmup-batch", type=count, help="worked solutions in each")
+    add("--steps", type=count, help="rollout batches")
+    add("--prompts-per-step", type=count, default=32, help="prompts in a rollout batch, P")
+    add("--group-size", type=number(int, 2), default=8, help="completions per prompt, G")
+    add("--updates-per-step", type=count, help="per rollout batch; with 1 nothing is clipped")
+    add("--flip-rewards", type=number(float, 0, 0.5), default=0.0, help="share that is wrong")
+    add("--learning-rate", type=number(float, 1e-12), help="of AdamW, after its warm-up")
+    add("--eval-every", type=count, default=10, help="steps, also between checkpoints")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("train_small.py", description="Train a small language model with GRPO, ETR and their relatives.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, epilog="Defaults depend on --task.")
-    add = parser.add_argument
-    add("--task", choices=TASKS, default="arithmetic", help="arithmetic is built in; gsm8k and math come from the hub or --data")
-    add("--model", help="hub id or folder of a causal language model")
-    add("--data", help="folder with train.jsonl and test.jsonl in the original format, instead of the hub")
-    add("--levels", type=whole(1), nargs="+", default=[1, 2, 3, 4, 5], help="MATH difficulty levels to keep")
-    add("--train-problems", type=whole(0), help="how many problems to train on, 0 for all")
-    add("--eval-problems", type=whole(1), help="how many for validation, and how many for the final test")
-    add("--algos", nargs="+", choices=ARMS, default=["grpo", "etr"], help="arms to compare")
-    add("--seeds", type=whole(1), default=1, help="how many seeds, paired between the arms")
-    add("--seed", type=whole(0), default=0, help="the first seed")
-    add("--steps", type=whole(1), help="rollout batches")
-    add("--prompts-per-step", type=whole(1), help="prompts in a rollout batch")
-    add("--group-size", type=whole(2), help="completions per prompt, G")
-    add("--updates-per-step", type=whole(1), help="optimiser steps per rollout batch; with 1 nothing is ever clipped")
-    add("--learning-rate", type=positive, help="of AdamW, after its warm-up")
-    add("--max-new-tokens", type=whole(1), help="longest completion")
-    add("--clip-low", type=positive, default=0.2, help="clip radius below 1")
-    add("--clip-high", type=positive, default=0.2, help="clip radius above 1")
-    add("--scale-max", type=positive, default=3.0, help="how far ETR may stretch a radius")
-    add("--warmup-steps", type=whole(0), help="supervised steps on worked solutions before RL")
-    add("--warmup-learning-rate", type=positive, help="of the supervised steps")
-    add("--micro-batch-tokens", type=whole(1), default=4096, help="tokens per forward and backward pass: lower it if memory runs out")
-    add("--eval-every", type=whole(1), default=10, help="steps between checkpoints and evaluations on the validation slice")
-    add("--out", help="output folder, runs/TASK if not given")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
-    parser.set_defaults(**TASKS["arithmetic"])
+    parser = argparse.ArgumentParser(
+        "train_small.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_flags(parser.add_argument)
+    parser.set_defaults(**TASKS["arithmetic"])  # for --help
     parser.set_defaults(**TASKS[parser.parse_known_args(argv)[0].task])
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{args.task}"
+    built_in = args.model == "built-in"
+    if built_in != (args.task == "arithmetic"):
+        parser.error(f"--model {args.model}: expected built-in for --task arithmetic only")
+    if args.shots is None:
+        args.shots = 0 if args.warmup_steps or built_in else 2
+    args.out = Path(args.out or f"runs/{args.task}")
     args.algos = list(dict.fromkeys(args.algos))
-    if args.clip_low * args.scale_max >= 1:
-        parser.error(f"--clip-low {args.clip_low} times --scale-max {args.scale_max}: expected less than 1, got "
-                     f"{args.clip_low * args.scale_max:g}, which would switch the lower clip off; lower one of them")
-    if (args.task == "arithmetic") != (args.model == "built-in"):
-        parser.error(f"--model {args.model}: the arithmetic task runs on the built-in model only; for a real model choose --task "
-                     "gsm8k or --task math")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(args.device.split(":")[0]):
-        parser.error(f"--device {args.device}: expected one of {', '.join(d for d in available if available[d])}, which is what torch "
-                     f"{torch.__version__} finds here")
     return args
 
 
 def seeded(*key):
-    """A random.Random that depends on `key` alone, so that a resumed run needs no saved generator state."""
+    """A random.Random of `key` alone: a resumed run needs no saved state."""
     return random.Random(repr(key))
 
 
-def generator(device, *key):
-    return torch.Generator(device).manual_seed(seeded(*key).getrandbits(62))
+# ---- task: problems
 
-
-# ------------------------------------------------------------------------------------------------------ task: problems
-
-Problem = namedtuple("Problem", "question solution answer prompt", defaults=[None])  # prompt: token ids, put in by `encode`
-# Worked examples shown before each question: they set the format of the answer better than an instruction does.
-EXAMPLES = {
-    "gsm8k": [("A box holds 6 pens. Mia buys 4 boxes and gives 5 pens to her brother. How many pens does she keep?",
-               "Mia buys 4 * 6 = 24 pens.\nShe keeps 24 - 5 = 19 pens.\n#### 19"),
-              ("Tickets cost $12 for adults and half of that for children. What do 2 adults and 3 children pay?",
-               "A child pays 12 / 2 = $6.\nThe adults pay 2 * 12 = $24 and the children 3 * 6 = $18.\n"
-               "Together they pay 24 + 18 = $42.\n#### 42")],
-    "math": [("What is the value of $3x^2-1$ when $x=2$?", "We get $3\\cdot 2^2-1=12-1=11$. The answer is $\\boxed{11}$."),
-             ("A bag holds 4 red and 6 blue balls. What is the probability that a ball drawn at random is red?",
-              "Of 10 balls 4 are red, so the probability is $\\frac{4}{10}=\\frac{2}{5}$. The answer is $\\boxed{\\frac{2}{5}}$.")],
-}
-GAIN, LOSE = ["finds", "gets", "wins", "buys"], ["eats", "loses", "sells", "gives"]
-NAMES, THINGS = ["Ann", "Ben", "Eva", "Leo", "Mia", "Tom"], ["apples", "books", "coins", "eggs", "pens", "shells"]
+# prompt, target: token ids of question and solution, by `encode`
+Problem = namedtuple("Problem", "question solution answer prompt target", defaults=[None, None])
+HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval", "default")}
+FIELDS = {"gsm8k": ("question", "answer"), "math": ("problem", "solution")}
+GAIN, LOSE = "finds gets wins buys".split(), "eats loses sells gives".split()
+NAMES, THINGS = "Ann Ben Eva Leo Mia Tom".split(), "apples books coins eggs pens shells".split()
 LARGEST = 20  # every total stays in 0..20, one token per number
 
 
-def arithmetic_problems(count, rng):
-    """Distinct word problems of 1 to 7 steps in GSM8K's form, with worked solutions from a textbook full of errors.
+def slip(total, rng):
+    near = range(max(total - 3, 0), min(total + 3, LARGEST) + 1)
+    return rng.choice([other for other in near if other != total])
 
-    The textbook has misconceptions: a fixed 30 % of the facts a + b and a - b come out wrong, always in the same way, in 65 % of
-    the solutions, and any other fact in 5 %; it carries on from the wrong total. A model trained on it solves most problems by
-    sampling and few greedily: there is something for RL to find, and something to lose if exploration ends early.
+
+def arithmetic_problems(count, rng):
+    """Distinct word problems of 1 to 7 steps in GSM8K's form, from a textbook full of errors.
+
+    A fixed 30 % of the facts a + b have a fixed wrong result in 65 % of the worked solutions, the
+    others any in 5 %. So a trained model is right more often by sampling than greedily: RL has
+    something to find and to lose.
     """
-    facts = {(a, sign, b): a + sign * b for a in range(LARGEST + 1) for sign in (1, -1) for b in range(1, 10)
-             if 0 <= a + sign * b <= LARGEST}
-    slip = lambda total: rng.choice([t for t in range(total - 3, total + 4) if t != total and 0 <= t <= LARGEST])
-    misconceptions = {fact: slip(total) for fact, total in facts.items() if rng.random() < 0.3}
+    totals, changes = range(LARGEST + 1), [*range(1, 10), *range(-1, -10, -1)]
+    believed = {(a, b): slip(a + b, rng) for a in totals for b in changes
+                if a + b in totals and rng.random() < 0.3}
     problems = {}
     while len(problems) < count:
-        start = total = told = rng.randint(0, LARGEST)  # `total` is true, `told` is what the textbook says
+        start = total = told = rng.choice(totals)  # `total` is true, `told` the textbook's
         thing, events, solution = rng.choice(THINGS), "", []
         for _ in range(rng.randint(1, 7)):
-            sign, b = rng.choice([(sign, b) for sign in (1, -1) for b in range(1, 10)
-                                  if (total, sign, b) in facts and (told, sign, b) in facts] or [(0, 0)])
-            if not b:  # nothing keeps both within bounds
+            possible = [b for b in changes if total + b in totals and told + b in totals]
+            if not possible:
                 break
-            fact, right = (told, sign, b), facts[told, sign, b]
-            wrong, chance = (misconceptions[fact], 0.65) if fact in misconceptions else (slip(right), 0.05)
-            result = wrong if rng.random() < chance else right
-            events += f" , {rng.choice(GAIN if sign > 0 else LOSE)} {b}"
-            solution.append(f"{told} {'+' if sign > 0 else '-'} {b} = {result}")
-            total, told = facts[total, sign, b], result
+            change = rng.choice(possible)
+            if (told, change) in believed:
+                wrong, chance = believed[told, change], 0.65
+            else:
+                wrong, chance = slip(told + change, rng), 0.05
+            result = wrong if rng.random() < chance else told + change
+            events += f" , {rng.choice(GAIN if change > 0 else LOSE)} {abs(change)}"
+            solution.append(f"{told} {'+' if change > 0 else '-'} {abs(change)} = {result}")
+            total, told = total + change, result
         question = f"{rng.choice(NAMES)} has {start} {thing}{events} . How many {thing} ?"
-        if solution:
-            problems[question] = Problem(question, " \n ".join([*solution, f"#### {told}"]), str(total))
+        worked = " \n ".join([*solution, f"#### {told}"])
+        problems[question] = Problem(question, worked, str(total))
     return list(problems.values())
 
 
-def last_boxed(text):
-    """The content of the last \\boxed{...} in `text`, or None. Linear in its length, whatever the nesting."""
-    start = text.rfind("\\boxed")
-    opening = re.compile(r"\\boxed\s*\{|\\boxed\s+([0-9A-Za-z])").match(text, start) if start >= 0 else None
-    if not opening or opening[1]:
-        return opening and opening[1]
-    depth = 1
-    for i in range(opening.end(), len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[opening.end():i]
-    return None
-
-
-def to_problem(task, row, where):
-    """A row of GSM8K or MATH as a Problem. Raises UserError that names the place."""
-    fields = ("question", "answer") if task == "gsm8k" else ("problem", "solution", "level")
-    if not isinstance(row, dict) or any(not isinstance(row.get(name), (str, int)) for name in fields):
-        raise UserError(f"{where}: expected a JSON object with the fields {', '.join(fields)}")
+def to_problem(task, row):
+    """(level, Problem) of a row as published."""
+    question, solution = (row[name] for name in FIELDS[task])
+    if type(solution) is int:
+        solution = f"#### {solution}"
+    (question + solution).encode()  # fails unless both are text
     if task == "gsm8k":
-        solution, mark, answer = row["answer"].rpartition("####")
-        if not mark or parse_number(answer) is None:
-            raise UserError(f"{where}: expected a GSM8K answer that ends in '#### number', got {row['answer'][-40:]!r}")
-        solution = re.sub(r"<<[^>]*>>", "", solution).strip()  # without the calculator annotations
-        return Problem(row["question"], f"{solution}\n#### {answer.strip()}", answer.strip())
-    answer = last_boxed(row["solution"])
-    if answer is None:
-        raise UserError(f"{where}: expected a MATH solution with its answer in \\boxed{{}}, got {row['solution'][-40:]!r}")
-    return Problem(row["problem"], row["solution"], answer)
+        level = str(solution.count("<<"))  # one annotation a step
+        solution = re.sub(r"<<[^>]*>>", "", solution)
+        answer = solution.split("####", 1)[1]
+    else:
+        level = re.fullmatch(r"(?:Level )?(\d+|\?)(?:\.0)?", str(row["level"]))[1]
+        answer = boxes(solution)[-1]
+    if answer.strip() and not grade(task, solution, answer):
+        raise ValueError("an answer that cannot be graded")
+    return level, Problem(question, solution.strip(), answer.strip())
 
 
-def read_folder(folder):
-    """{split: [(where, row)]} of train.jsonl and test.jsonl; `where` names file and line for messages."""
-    data = {}
-    for path in (Path(folder) / "train.jsonl", Path(folder) / "test.jsonl"):
-        try:
-            with path.open(encoding="utf-8") as file:
-                lines = [(f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--data {folder}: expected a folder with train.jsonl and test.jsonl in UTF-8 ({error})") from None
-        if not lines:
-            raise UserError(f"{path}: expected problems, one JSON object a line, got an empty file")
-        data[path.stem] = []
-        for where, line in lines:
-            try:
-                data[path.stem].append((where, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: expected one JSON object, got {line[:40]!r} ({error})") from None
-    return data
-
-
-def read_hub(task):
-    """{split: [(where, row)]} of GSM8K, or of MATH with MATH-500 for the test, from the Hugging Face hub."""
-    import datasets  # here, because a run on local data does without it
-    try:
-        if task == "gsm8k":
-            data = datasets.load_dataset("openai/gsm8k", "main")
+def read_problems(args, split):
+    """The problems of "train" or "test", shuffled."""
+    hub, *subset = HUB[args.task]
+    with expecting(f"a folder --data with train.jsonl and test.jsonl, or a hub with {hub}"):
+        if args.data:
+            rows = Path(args.data, f"{split}.jsonl").read_text(encoding="utf-8-sig").split("\n")
         else:
-            subjects = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-                        "precalculus")
-            parts = [datasets.load_dataset("EleutherAI/hendrycks_math", subject, split="train") for subject in subjects]
-            data = dict(train=itertools.chain(*parts), test=datasets.load_dataset("HuggingFaceH4/MATH-500", split="test"))
-    except Exception as error:  # datasets raises many kinds when a hub cannot be reached
-        raise UserError(f"--task {task}: its data could not be fetched from the hub ({type(error).__name__}); check the network, or name "
-                        "a folder with train.jsonl and test.jsonl by --data") from error
-    return {split: [(f"hub, {split} row {i}", row) for i, row in enumerate(data[split])] for split in ("train", "test")}
+            import datasets  # not needed for local data
+            rows = map(json.dumps, datasets.load_dataset(hub, *subset, split=split))
+    problems = []
+    for line, row in enumerate(rows, 1):
+        if not row.strip():
+            continue
+        place = f"in line {line} of {args.data or hub}, {split}"
+        with expecting(f"{' and '.join(FIELDS[args.task])} as published {place}"):
+            level, problem = to_problem(args.task, json.loads(row))
+        if not problem.answer:  # two problems of MATH are like that
+            print(f"left out: the empty answer {place}", file=sys.stderr)
+        elif not args.levels or level in map(str, args.levels):
+            problems.append(problem)
+    seeded("split").shuffle(problems)
+    return problems
 
 
 def load_problems(args):
-    """{"train", "validation", "test": list of Problem}. Validation is held out of the training file; test is for the final number."""
-    count = args.eval_problems
+    """{"train", "eval", "test", "examples": problems}, without overlap."""
+    n, tests = args.eval_problems, args.test_problems
     if args.task == "arithmetic":
-        problems = arithmetic_problems(args.train_problems + 2 * count, seeded("arithmetic"))
-        validation, test, train = problems[:count], problems[count:2 * count], problems[2 * count:]
+        train = arithmetic_problems(n + tests + args.train_problems, seeded("arithmetic"))
+        test = train[n:n + tests]
     else:
-        data = read_folder(args.data) if args.data else read_hub(args.task)
-        level = lambda row: str(row.get("level"))[-1:] if isinstance(row, dict) and "level" in row else None  # "Level 3" or 3
-        wanted = {*map(str, args.levels), None}  # a MATH row without a level is reported by to_problem
-        split = {name: [to_problem(args.task, row, where) for where, row in rows if args.task == "gsm8k" or level(row) in wanted]
-                 for name, rows in data.items()}
-        for problems in split.values():
-            seeded("split").shuffle(problems)
-        validation, test = split["train"][:count], split["test"][:count]
-        held_out = {problem.question for problem in validation + test}
-        train = [problem for problem in split["train"] if problem.question not in held_out][:args.train_problems or None]
+        train, test = read_problems(args, "train"), read_problems(args, "test")[:tests]
+    held_out, train = train[:n], train[n:]
+    # Short ones, in every prompt and so not trained on.
+    examples = sorted(train, key=lambda problem: abs(len(problem.solution) - 150))[:args.shots]
+    seen = {problem.question for problem in held_out + test + examples}
+    train = [problem for problem in train if problem.question not in seen]
+    train = train[:args.train_problems or None]
     if len(train) < args.prompts_per_step or not test:
-        raise UserError(f"expected at least --prompts-per-step {args.prompts_per_step} problems to train on and one to test on, got "
-                        f"{len(train)} and {len(test)} after {count} were held out; give more data or lower --eval-problems")
-    return dict(train=train, validation=validation, test=test)
+        raise UserError(f"expected --prompts-per-step {args.prompts_per_step} problems to train on "
+                        f"and 1 to test on, got {len(train)} and {len(test)}")
+    return dict(train=train, eval=held_out, test=test, examples=examples)
 
 
-# --------------------------------------------------------------------------------------------------------- task: verifier
+# ---- task: verifier
 
-WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})"
-ABBREVIATIONS = r"%|(?:cm|mm|km|kg|mg|ml|mph|lbs?|oz|ft|hrs?|am|pm|min|g|m|h|l|L|s)(?![A-Za-z])"
-NUMBER = re.compile(rf"([+-]?)\s*(?:(?:({WHOLE})\s+)?({WHOLE})\s*/\s*({WHOLE})|({WHOLE})?(\.[0-9]{{0,30}})?)"
-                    rf"\s*(?:{ABBREVIATIONS})?((?:\s+[A-Za-z][A-Za-z/]*(?:\^?\{{?[23]\}}?)?,?){{0,6}})")
-NOT_UNITS = set("or and to not plus minus times over than hundred thousand million billion trillion dozen k half".split())
-GROUP = r"\s*(?:\{\s*([+-]?[0-9]{1,30})\s*\}|([0-9]))"
+LAYOUT = [(re.compile(pattern), new) for pattern, new in (
+    (r"[−–]", "-"), ("²", "^2"), ("³", "^3"), ("½", r"\\frac{1}{2}"), ("·", r"\\cdot "),
+    ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty "), ("π", r"\\pi "),
+    (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
+    (r"\\\\\[[^\]]*\]", r"\\\\"),  # space between the rows of a matrix
+    (r"(?<!\\)\\[()\[\]]|\\?[$€£¥₹]|\*\*|`|\\(?:text)?color\s*\{[^{}]*\}|\\(?=%)", ""),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|\s*\\!\s*", ""),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|°[CF]?", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-z]))|~", " "),
+    # \text{...} behind a value is its unit, elsewhere it is only a font
+    (r"(?<=[\w)}])\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*(?:and|or)\b)[^{}]*\}"
+     r"(?:\^\{?[23]\}?)?(?=\s*(?:[.,)\]]|\\text|$))", ""),
+    (r"\\(?:text|mbox|math|boldsymbol)(?:rm|bf|it)?\s*\{([^{}]*)\}", r" \1 "),
+    (r",?\s+(?:and|or)\s+|\{,\}", ","),
+    (r"(\d)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),
+    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda match: repeating(*match.groups())),
+    (r"^\s*\{(?!.*\\over)((?:[^{}]|\{[^{}]*\})*)\}\s*$", r"\1"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\log_e", r"\\ln "), (r"\\varnothing", r"\\emptyset "),
+    (r"\\in(?![a-z])", "="), (r"(?<=\d)_(\d+)", r"_{\1}"),
+    (r"[\s.*]+$|^[\s*]+|(?<![\w,])\s+|\s+(?!\w)", ""),
+    (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
+)]
+LABEL = re.compile(r"(?:^|(?<=,))\s*[A-Za-z(|\\](?:[A-Za-z\\{}()'|+*/, -]|[_^({]\d+)*[=:]")
+PLAIN = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)\.?\d*|\.\d+)", re.ASCII)
+NUMBERS = re.compile(r"(?:[-+\d., /{}]|\\frac)+", re.ASCII)
+UNIT = re.compile(
+    r"(?<=[\d.}])(?:[\s/(-]*(?!half|dozen|hundred|thousand|[bmtr]+illion)(?:[a-z]{3,}|of|in|ft|oz"
+    r"|lb|[ap]\.m|[ckm]?[mgl]|[chsf])(?![a-z])(?:\^[23])?\)?)+$", re.I)
+# Numbers in a row, number bases, x=13=12 and towers of powers: not for math-verify.
+MISREAD = re.compile(r"\d \d|\d_|=[^,]*=|\^(?:\{[^{}]*|\w*)\^")
+STATED = re.compile(r"(?i)\banswer\b[*_]*\s*(?:is\b|=|:)[*_:\s]*")
 
 
-def clean(text):
-    """Answer text without the mark-up that does not change its value."""
-    for pattern, new in ((r"[\u2212\u2013]", "-"), (r"\\[dt]frac", r"\\frac"), (r"\\(?:left|right)(?![a-z])", ""),
-                         (r"\s*\\!\s*|\\,|\\;|\\\(|\\\)|\\\[|\\\]|`", ""), (r"\{,\}", ","), (r"(?<!\\)\\ |~", " "), (r"\\%", "%"),
-                         (r"(?<![0-9A-Za-z])\*\*(.+?)\*\*(?![0-9A-Za-z])", r"\1"), (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
-                         (r"(?<![0-9])\\?[$€£]|\\?[$€£](?![0-9])", ""),
-                         (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1")):
-        text = re.sub(pattern, new, text)
-    return text.strip()
+def repeating(whole, start, cycle):
+    """The fraction for a repeating decimal: \\frac{3}{9} for 0.\\overline{3}."""
+    top = int(whole + start + cycle) - int("0" + whole + start)
+    return rf"\frac{{{top}}}{{{'9' * len(cycle) + '0' * len(start)}}}"
+
+
+def tidy(text):
+    """`text` in one layout: (\\frac{1}{2},3) for \\left( \\dfrac{1}{2},\\; 3\\text{ cm}\\right)."""
+    text = " ".join(text.split())
+    for pattern, new in LAYOUT:
+        text = pattern.sub(new, text)
+    return text
 
 
 def parse_number(text):
-    """The one number that `text` states, as an exact Fraction, or None.
+    """The number that plain digits state, as an exact Fraction, or None: 2469/2 for 1,234.50."""
+    return Fraction(text.replace(",", "")) if PLAIN.fullmatch(text.strip()) else None
 
-    Takes 1,234 $5 5% -3 .50 12. **7** \\boxed{7} 3/4 \\frac{3}{4} 1 1/2 and a unit behind it; nothing with a second number, an
-    operator or a word such as "or", "thousand" in it: an answer is one number, not a list of guesses or a sum to work out.
 
-    >>> [str(parse_number(text)) for text in ("$1,234.50", r"\\boxed{\\frac{1}{2}}", "12 or 13", "6+6")]
-    ['2469/2', '1/2', 'None', 'None']
+def boxes(text):
+    """The content of each \\boxed{}, "" for an open one; joined ones are one list.
+
+    >>> boxes(r"\\boxed{7}? No: \\boxed{\\frac{1}{2}}, \\boxed 3")
+    ['7', '\\\\frac{1}{2}, 3']
     """
-    if len(text) > 200:
-        return None
-    text = clean(text)
-    boxed = re.fullmatch(r"\\boxed\s*\{(.*)\}\.?", text, re.S)
-    text = clean(boxed[1]) if boxed else text
-    text = re.sub(r"\\frac" + GROUP + GROUP, lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-    text = re.sub(r"\(([A-Za-z ]+)\)$", r" \1", text.lstrip("= ").rstrip(" .*"))
-    text = re.sub(r"^(-?)\s+", r"\1", text).rstrip()
-    match = NUMBER.fullmatch(text)
-    if not match:
-        return None
-    sign, whole, top, bottom, integer, decimals, unit = match.groups()
-    words = re.sub(r"[^a-z ]", " ", unit.lower()).split()
-    if NOT_UNITS & set(words) or any(len(word) == 1 and word not in "aghlms" for word in words):
-        return None
-    plain = lambda digits: int(digits.replace(",", ""))
-    if top:
-        if not plain(bottom):
-            return None
-        value = Fraction(plain(top), plain(bottom)) + (plain(whole) if whole else 0)
-    elif not (integer or (decimals or "").strip(".")):
-        return None
-    else:
-        value = Fraction((integer or "0").replace(",", "") + (decimals or "").rstrip("."))
-    return -value if sign == "-" else value
+    runs, between = [], "no box yet"
+    for part in text.split("\\boxed")[1:]:
+        depth = end = 0
+        for end, letter in enumerate(part):
+            depth += (letter == "{") - (letter == "}")
+            if depth <= 0 and not letter.isspace():
+                break
+        content = part[:end + 1].strip()
+        content = "" if depth else content[1:-1] if content[:1] == "{" else content
+        if not re.fullmatch(r"(?:[\s$,;]|and|or)+", between):
+            runs.append([])
+        runs[-1].append(content)
+        between = part[end + 1:]
+    return [", ".join(dict.fromkeys(run)) for run in runs]
 
 
-def grade_number(completion, gold):
-    """Exact match of the final number: after '####', or else in \\boxed{}, or else behind 'answer is'. All must agree."""
-    stated = re.findall(r"####\s*([^\n#]*)", completion)
-    if not stated and "\\boxed" in completion:
-        stated = [last_boxed(part) or "" for part in re.split(r"(?=\\boxed)", completion) if part.startswith("\\boxed")]
-    if not stated:
-        stated = re.findall(r"(?i)\banswer\s*(?:is|:|=)\s*:?([^\n]*)", completion)
-    expected = parse_number(gold)
-    return float(expected is not None and bool(stated) and all(parse_number(text) == expected for text in set(stated)))
+def last_boxed(text):
+    """The content of the last \\boxed{}, "" where there is none or it never ends."""
+    return (boxes(text) or [""])[-1]
 
 
-# math-verify runs in a process of its own, which forks for each question: a tower of powers can only be stopped by ending it.
-MATH_WORKER = r"""
-import json, logging, os, resource, signal, sys
-logging.disable(logging.CRITICAL)
-from math_verify import LatexExtractionConfig, parse, verify
-config = [LatexExtractionConfig(boxed_match_priority=0)]
-latex = lambda text: parse("$" + text + "$", extraction_config=config, parsing_timeout=None)
-for text in (r"\frac{2x^2}{3}-\sqrt{5}", r"(-\infty,3]\cup(4,5)", r"\{1,-2\}", "y=2x+1",
-             r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,3+4i)", r"2\cos\pi"):
-    verify(latex(text), latex(text + "+1"), timeout_seconds=None)  # load sympy and fill the parser's caches, which children inherit
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-        signal.setitimer(signal.ITIMER_PROF, 1.0)  # seconds of CPU, so that the verdict does not depend on who else is busy
-        gold, answer = json.loads(line)
-        # Twelve decimals, because six would take 3.141593 for pi; relations as sets, so that x <= 3 is (-infinity, 3].
-        os._exit(not verify(latex(gold), latex(answer), float_rounding=12, numeric_precision=30, allow_set_relation_comp=True,
-                            timeout_seconds=None))
-    print(int(os.waitpid(child, 0)[1] == 0), flush=True)
-"""
-math_worker = None
+def stated_answers(task, completion):
+    """The answers that `completion` states; where there are several, all must be right."""
+    found = boxes(completion)
+    if found:
+        return found[-1:] if task == "math" else found
+    lines = completion.split("####")[1:] or STATED.split(completion)[1:][-1:]
+    return [re.split(r"\.\s|\n", line.strip())[0] for line in lines]
 
 
-def math_verify_equal(gold, answer):
-    """math-verify's verdict on two LaTeX answers; False after a second of CPU or 4 GiB, whatever the answer holds."""
-    global math_worker
-    if math_worker is None:
-        math_worker = subprocess.Popen([sys.executable, "-c", MATH_WORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is not for it
-    try:
-        print(json.dumps([gold, answer]), file=math_worker.stdin, flush=True)
-        return math_worker.stdout.readline() == "1\n"
-    except BrokenPipeError:  # it did not even start
+def equal(task, gold, answer):
+    """Whether the LaTeX `answer` states the value of `gold`."""
+    if len(answer) > 300:
         return False
-
-
-def grade_math(completion, gold):
-    """Equality of the last \\boxed{} with the gold answer: as text, as exact numbers, or else by math-verify."""
-    answer = last_boxed(completion)
-    if answer is None or len(answer) > 300 or "\x00" in answer:
-        return 0.0
-    strip = lambda text: re.sub(r"\s+", "", re.sub(r"\.$", "", clean(text)))
-    if strip(answer) == strip(gold):
-        return 1.0
-    if "%" in clean(answer) and "%" not in clean(gold):
-        return 0.0
+    gold, answer = tidy(gold), tidy(answer)
+    if "%" in gold or task != "math":
+        gold, answer = gold.replace("%", ""), answer.replace("%", "")
     if "=" not in gold:
-        answer = re.sub(r"^\s*[A-Za-z]\s*(?:=|\\in(?![a-z]))", "", clean(answer))
-    expected = parse_number(re.sub(r"^\s*[A-Za-z]\s*=", "", gold))
-    if expected is not None:  # a number must be stated as a number: math-verify would take 6+6 for 12
-        return float(parse_number(re.sub(r"^\s*[A-Za-z]\s*=", "", answer)) == expected)
-    base = re.compile(r"_\{?[0-9]+\}?$")  # 101_2: math-verify ignores the base
-    if base.search(strip(gold)):
-        return float(not base.search(strip(answer)) and base.sub("", strip(gold)) == strip(answer)
-                     or re.sub(r"[{}]", "", strip(gold)) == re.sub(r"[{}]", "", strip(answer)))
-    relation, ordered = re.compile(r"[<>]|\\[lg]eq?(?![a-z])"), re.compile(r"[(\[].*,.*[)\]]", re.S)
-    both = clean(gold), clean(answer)
-    # math-verify would take x=13=12 for 12, and the set {3, 4} for the point (3, 4).
-    if answer.count("=") > gold.count("=") or len({bool(ordered.search(x)) for x in both if not relation.search(x)}) > 1:
-        return 0.0
-    return float(math_verify_equal(gold, answer))
+        answer = LABEL.sub("", answer)
+    elif "=" not in answer and re.match("[A-Za-z]=", gold):
+        gold = LABEL.sub("", gold)
+    if gold.casefold() == answer.casefold():
+        return True
+    if NUMBERS.fullmatch(gold):
+        answer = UNIT.sub("", answer)
+        if PLAIN.fullmatch(gold) and PLAIN.fullmatch(answer):
+            return parse_number(gold) == parse_number(answer)
+        if re.search(r"\\(?!frac|over)[a-z]", answer):
+            return False
+    if re.search(r"^[a-zA-Z ]{3,}$", gold) or MISREAD.search(gold + "," + answer):
+        return False
+    return same_latex(gold, answer)
+
+
+def parse_tree(latex):
+    """The sympy tree of `latex`, not worked out: 6+6 is Add(6, 6). x < 3 is a set."""
+    settings = NormalizationConfig(malformed_operators=True)
+    tree = sympy.sympify(latex2sympy(latex, normalization_config=settings))
+    if isinstance(tree, sympy.FiniteSet) and len(tree) == 1:
+        return tree.args[0]
+    solvable = isinstance(tree, (sympy.Rel, sympy.And)) and len(tree.free_symbols) == 1
+    return tree.as_set() if solvable and not tree.has(sympy.Eq) else tree
+
+
+def value(tree, seed):
+    """The value of an expression at a random point, exact where it can be."""
+    tree = sympy.nsimplify(tree.doit(), rational=True)
+    point = {symbol: sympy.Rational(random.Random(symbol.name + seed).uniform(-3, 3))
+             for symbol in tree.free_symbols}
+    return tree.xreplace({**point, sympy.Symbol("i"): sympy.I})
+
+
+def same_value(gold, answer):
+    """Whether two expressions agree at three points: exactly, or to 25 digits of their size."""
+    for seed in "abc":
+        left, right = value(gold, seed), value(answer, seed)
+        error = left - right
+        if error if error.is_Rational else abs(sympy.N(error / left, 30)) > 1e-25:
+            return False
+    return True
+
+
+def same(gold, answer):
+    """Whether two trees have one value: lists in any order, points in theirs."""
+    if all(isinstance(tree, sympy.Expr) and not tree.is_Matrix for tree in (gold, answer)):
+        return gold == answer or same_value(gold, answer)
+    if type(gold) is not type(answer) or len(gold.args) != len(answer.args) or not gold.args:
+        return gold == answer
+    if isinstance(gold, sympy.Eq) and gold.free_symbols:  # one a multiple of the other
+        ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
+        return value(ratio, "a") != 0 and same_value(ratio, value(ratio, "a"))
+    if isinstance(gold, (sympy.FiniteSet, sympy.Union, sympy.And)):
+        both_ways = (gold.args, answer.args), (answer.args, gold.args)
+        return all(any(same(one, other) for other in right)
+                   for left, right in both_ways for one in left)
+    return all(map(same, gold.args, answer.args))
+
+
+def serve():
+    """Print a verdict for each question read, made by a child that has a second of CPU time."""
+    for text in (r"\sqrt{2x^2}-\pi", "(-3,4]", r"\{1,2\}", "y=2x", "x<1", "(1,2)", r"\frac{1}{2}"):
+        parse_tree(text)  # fills the parser's caches, which children inherit
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+            right = False
+            try:
+                gold, answer = map(parse_tree, json.loads(line))
+                if isinstance(answer, sympy.Number) or not isinstance(gold, sympy.Number):
+                    right = same(gold, answer)
+            finally:
+                os._exit(not right)  # whatever was raised
+        print(int(os.waitpid(child, 0)[1] == 0), flush=True)
+
+
+@functools.cache
+def math_worker():
+    """A process with math-verify, because a tower of powers can only be stopped by ending it."""
+    source = "import json, os, random, resource, sys, sympy\n"
+    source += "from math_verify.parser import NormalizationConfig, latex2sympy\n"
+    source += "".join(map(inspect.getsource, (parse_tree, value, same_value, same, serve)))
+    # In a session of its own: Ctrl-C is not for it.
+    return subprocess.Popen([sys.executable, "-c", source + "serve()"], text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+
+worker_lock = threading.Lock()
+
+
+def same_latex(gold, answer):
+    """Whether the worker says that two LaTeX texts have one value."""
+    with worker_lock:
+        print(json.dumps([gold, answer]), file=math_worker().stdin, flush=True)
+        return math_worker().stdout.readline() == "1\n"
 
 
 def grade(task, completion, gold):
-    """1.0 if the completion's final answer equals `gold`, else 0.0. completion: the model's text alone, without the prompt."""
-    if task not in TASKS:
-        raise ValueError(f"grade: expected one of {', '.join(TASKS)}, got {task}")
-    return grade_math(completion, gold) if task == "math" else grade_number(completion, gold)
+    """1.0 if each answer that `completion` states equals `gold`, else 0.0.
+
+    >>> grade("gsm8k", "#### $1,234", "1234"), grade("math", r"\\boxed{0.5}", r"\\frac12")
+    (1.0, 1.0)
+    """
+    if task not in ("arithmetic", "gsm8k", "math"):
+        raise ValueError(f"grade: expected arithmetic, gsm8k or math, got {task}")
+    answers = stated_answers(task, completion)
+    return float(bool(answers) and all(equal(task, gold, answer) for answer in answers))
 
 
-# ----------------------------------------------------------------------------------------------------- model and prompts
+# ---- model and prompts
 
-def built_in_tokenizer():
-    """One token per word or number of the arithmetic task."""
+# lead: what a chat writes before a solution; stop: ids of end tokens, first that of solutions
+Policy = namedtuple("Policy", "model tokenizer lead stop")
+PLAIN_CHAT = """{{ bos_token }}{% for turn in messages %}{% if turn.role == 'user' %}\
+Question: {{ turn.content }}
+Answer:{% else %} {{ turn.content }}{{ eos_token }}
+{% endif %}{% endfor %}"""  # for models that know no chat
+
+
+def built_in_model(seed):
+    """A two-layer Llama with one token per word or number of the arithmetic task."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = ["<pad>", "<eos>", "\n", "+", "-", "=", ",", ".", "?", "####", "How", "many", "has", *GAIN, *LOSE, *NAMES, *THINGS]
-    words += [str(number) for number in range(LARGEST + 1)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    words = ["<pad>", "<eos>", "\n", *"+ - = , . ? #### How many has".split(), *GAIN, *LOSE, *NAMES,
+             *THINGS, *map(str, range(LARGEST + 1))]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=None, pad_token_id=0,
+        eos_token_id=1, initializer_range=0.1))  # the usual 0.02 is for wide models
+    return model, transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+        chat_template="{{ messages | map(attribute='content') | join(' ') }}")
 
 
-def load_model(args, seed):
-    """(model, tokenizer): fp32 parameters, because RL-sized updates are lost in bf16 ones."""
-    if args.model == "built-in":
-        tokenizer = built_in_tokenizer()
-        torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=128, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, initializer_range=0.1))  # the usual 0.02 is for wide models: this learns 2x faster
-    else:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-            model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(f"--model {args.model}: expected a hub id that can be reached, or a folder with a causal language model "
-                            f"and its tokenizer ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows or tokenizer.eos_token_id is None:
-        raise UserError(f"--model {args.model}: expected a tokenizer with an end token and at most {rows} tokens, one per row of the "
-                        f"model's embedding, got {len(tokenizer)} tokens and end token {tokenizer.eos_token}; are both of one model?")
-    model.to(args.device).eval()  # eval for good: dropout would make the ratio differ from 1 before the first update
-    probe = torch.arange(4, device=args.device)[None]
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=probe).last_hidden_state
-        if not torch.allclose(head_logits(model, hidden), model(input_ids=probe).logits.float(), atol=1e-3, rtol=1e-3):
-            raise UserError(f"--model {args.model}: expected logits that are its last hidden state times its output embedding; Gemma 2 "
-                            "and Granite cap or scale them, which this file does not: choose another model")
-    return model, tokenizer
+def load_model(name, device, seed):
+    """Policy with fp32 parameters: bf16 ones would lose RL-sized updates."""
+    with expecting(f"--model {name} to be a hub id or folder of a causal language model"):
+        if name == "built-in":
+            model, tokenizer = built_in_model(seed)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        rows, eos = len(model.get_input_embeddings().weight), tokenizer.eos_token_id
+        if len(tokenizer) > rows or eos is None:
+            raise ValueError(f"{len(tokenizer)} tokens for {rows} embeddings, end token {eos}")
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
+    # A chat may end a turn with another token than eos; the generation config may name more.
+    asked, answered = render(tokenizer, ["?"]), render(tokenizer, ["?", "ANSWER"])
+    shared = len(os.path.commonprefix([asked, answered]))
+    lead, _, tail = answered[shared:].partition("ANSWER")
+    ends = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"][:1]
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    more = model.generation_config.eos_token_id or eos
+    stop = [*special.intersection(ends), eos, *np.ravel(more)]
+    # bf16 for the layers where it is native; emulated it would be slower than fp32.
+    model.mixed = name != "built-in" and (
+        torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+        torch.cpu.get_capabilities().get("avx512_bf16", False) and device == "cpu")
+    model.to(device).eval()  # for good: dropout would move the ratio before any update
+    return Policy(model, tokenizer, lead, stop)
 
 
-def stop_tokens(model, tokenizer):
-    """Every token that ends a completion: chat models name a second one in their generation config."""
-    extra = model.generation_config.eos_token_id if model.generation_config else None
-    return sorted({tokenizer.eos_token_id, *(extra if isinstance(extra, list) else [extra])} - {None})
+def render(tokenizer, turns):
+    """The text of a chat in which user and assistant take turns; after a user it asks for more."""
+    roles = itertools.cycle(["user", "assistant"])
+    chat = [dict(role=role, content=text) for role, text in zip(roles, turns)]
+    with expecting(f"a chat template for user and assistant of --model {tokenizer.name_or_path}"):
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=len(turns) % 2 == 1)
+        if turns[-1].strip() not in text:
+            raise ValueError("a text without what was said")
+    return text
 
 
-def encode(args, tokenizer, problems):
-    """The problems with their prompt's token ids: a chat with worked examples, plain text with them, or the bare question."""
-    shots = EXAMPLES.get(args.task, [])
-    if tokenizer.chat_template:
-        chats = [[{"role": role, "content": text} for pair in [*shots, (problem.question,)]
-                  for role, text in zip(("user", "assistant"), pair)] for problem in problems]
-        texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    elif shots:
-        head = "".join(f"Question: {question}\nAnswer: {answer}{tokenizer.eos_token}\n" for question, answer in shots)
-        texts = [f"{head}Question: {problem.question}\nAnswer:" for problem in problems]
-    else:
-        texts = [problem.question for problem in problems]
-    # A chat template writes its own special tokens; plain text needs the tokenizer's, such as Llama's first token.
-    ids = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return [problem._replace(prompt=prompt) for problem, prompt in zip(problems, ids)]
+def encode(policy, problems, examples):
+    """The problems with their token ids; examples: in front of each question."""
+    def ids(texts):  # a chat template writes its own special tokens
+        return policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    shots = [text for example in examples for text in (example.question, example.solution)]
+    prompts = ids([render(policy.tokenizer, [*shots, problem.question]) for problem in problems])
+    targets = ids([policy.lead + problem.solution for problem in problems])
+    return [problem._replace(prompt=prompt, target=[*target, policy.stop[0]])
+            for problem, prompt, target in zip(problems, prompts, targets)]
 
 
-def encode_solution(args, tokenizer, problem):
-    """Token ids of the worked solution, with the end token."""
-    space = " " if args.task in EXAMPLES and not tokenizer.chat_template else ""
-    return tokenizer(space + problem.solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+# ---- rollouts, log-probabilities and entropy
 
 
-# ------------------------------------------------------------------------------ rollouts, log-probabilities and entropy
+def mixed_precision(model):
+    return torch.autocast(model.device.type, torch.bfloat16, model.mixed)
+
+
+def forward(model, cache, ids, attention):
+    """Hidden states (b, t, H) of the tokens `ids` (b, t), which follow the cache and join it.
+
+    attention: (b, all tokens so far), 0 at padding on the left, which has no position.
+    """
+    positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return model.base_model(
+        input_ids=ids.clamp(min=0), attention_mask=attention, position_ids=positions, cache=cache,
+        use_cache=True).last_hidden_state.float()
+
+
+def pad(rows, device, side):
+    """Lists of token ids as one tensor (B, longest), -1 where there is none."""
+    rows = [torch.tensor(row, device=device) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1, padding_side=side)
+
+
+def prefill(model, prompts):
+    """Runs B prompts, equal neighbours once, through the model.
+
+    Returns the key-value cache, the hidden state (B, H) that predicts the first completion token,
+    and the attention mask (B, L).
+    """
+    groups = [[*same] for _, same in itertools.groupby(prompts)]
+    ids = pad([same[0] for same in groups], model.device, "left")
+    cache, attention = transformers.DynamicCache(config=model.config), (ids >= 0).long()
+    hidden = forward(model, cache, ids, attention)[:, -1]
+    sizes = torch.tensor([len(same) for same in groups], device=model.device)
+    rows = torch.repeat_interleave(sizes)
+    cache.batch_select_indices(rows)
+    return cache, hidden[rows], attention[rows]
+
 
 def head_logits(model, hidden):
-    """(..., H) -> (..., V) in fp32. In bf16 the ratio would carry 2 % of noise, as much as a tight elastic bound."""
-    head = model.get_output_embeddings()
+    """(B, H) -> (B, V) in fp32: bf16 would put 2 % of noise on the ratio, as much as a bound."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+        return model.get_output_embeddings()(hidden)
 
 
-def autocast(device):
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
-def prefill(model, prompts, repeats):
-    """Runs each prompt through the model once, however many completions it has.
-
-    prompts: P lists of token ids. repeats: how many completions each has. Returns, for the B = sum(repeats) rows in order: the
-    key-value cache, the hidden state (B, H) that predicts the first completion token, and the attention mask (B, L).
-    """
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding is on the left, so positions must not count it
-    cache = transformers.DynamicCache(config=model.config)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
-                              use_cache=True).last_hidden_state[:, -1]
-    rows = torch.repeat_interleave(torch.arange(len(prompts), device=device), torch.tensor(repeats, device=device))
-    cache.batch_select_indices(rows)
-    return cache, hidden[rows], mask[rows]
-
-
-Rollouts = namedtuple("Rollouts", "tokens mask logprobs entropies")  # each (B, T), on the model's device
+Rollouts = namedtuple("Rollouts", "tokens mask logprobs entropies")  # each (B, T)
 
 
 @torch.no_grad()
-def sample(model, prompts, group_size, max_new_tokens, stop, rng, temperature=1.0):
-    """Samples `group_size` completions per prompt from the full softmax; temperature 0 takes the most likely token.
+def sample(policy, prompts, max_new_tokens, rng, temperature=1):
+    """A completion of each of B prompts from the full softmax; temperature 0 is greedy.
 
-    The prompt is run once per group, and rows that have ended leave the batch. Returns Rollouts with B = P * group_size rows:
-    tokens; the mask of completion tokens, which includes the end token; the log-probability of each token and the entropy, in
-    nats, of the softmax it came from, both at temperature 1 over the whole vocabulary.
+    The mask includes the end token; an entropy is that of the softmax a token came from, in nats.
     """
-    device, B = model.device, len(prompts) * group_size
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logprobs, entropies = tokens.float(), tokens.float()
-    stop = torch.tensor(stop, device=device)
-    rows = torch.arange(B, device=device)  # the completion each row of the cache belongs to
-    alive = torch.ones(B, dtype=torch.bool, device=device)
-    with autocast(device):
-        cache, hidden, attention = prefill(model, prompts, [group_size] * len(prompts))
+    model, B, device = policy.model, len(prompts), policy.model.device
+    stop = torch.tensor(policy.stop, device=device)
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+    tokens, (logprobs, entropies) = mask.long(), torch.zeros(2, *mask.shape, device=device)
+    rows = torch.arange(B, device=device)  # completions that go on
+    with mixed_precision(model):  # around the loop: weights are cast once
+        cache, hidden, attention = prefill(model, prompts)
         for t in range(max_new_tokens):
             logp = head_logits(model, hidden).log_softmax(-1)
-            if temperature == 0:
-                token = logp.argmax(-1)
-            else:
-                # One number per completion, ended or not, so no draw depends on who has left; multinomial would take B x V of them.
-                u = torch.rand(B, 1, generator=rng, device=device)[rows]
-                cdf = (logp / temperature).softmax(-1).cumsum(-1)
-                token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
-            tokens[rows, t], logprobs[rows, t] = token, logp.gather(1, token[:, None])[:, 0]
-            entropies[rows, t] = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)  # exp(-inf) * -inf would be NaN
-            alive = alive & ~torch.isin(token, stop)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_new_tokens:
+            # One number per completion, ended or not, so that no draw depends on others.
+            u = torch.rand(B, 1, generator=rng, device=device)[rows]
+            cdf = logp.exp().cumsum(-1)
+            drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+            token = drawn if temperature else logp.argmax(-1)
+            tokens[rows, t], mask[rows, t] = token, True
+            logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
+            entropies[rows, t] = torch.special.entr(logp.exp()).sum(-1)
+            keep = (~torch.isin(token, stop)).nonzero()[:, 0]
+            if len(keep) == 0 or t + 1 == max_new_tokens:
                 break
-            if left <= 0.875 * len(rows):  # leaving costs a copy of the cache, so it waits until an eighth is done
-                keep = alive.nonzero()[:, 0]
+            if len(keep) < len(rows):
                 cache.batch_select_indices(keep)
-                rows, token, attention, alive = rows[keep], token[keep], attention[keep], alive[keep]
-            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], 1)
-            hidden = model.base_model(input_ids=token[:, None], attention_mask=attention, cache=cache, use_cache=True,
-                                      position_ids=attention.sum(1, keepdim=True) - 1).last_hidden_state[:, -1]
-    ends = torch.isin(tokens, stop).long()
-    mask = (ends.cumsum(1) - ends == 0)[:, :t + 1]  # up to the first end token, with it
-    return Rollouts(tokens[:, :t + 1] * mask, mask, *(x[:, :t + 1].where(mask, 0.0) for x in (logprobs, entropies)))
+                rows, token, attention = rows[keep], token[keep], attention[keep]
+            attention = F.pad(attention, (0, 1), value=1)
+            hidden = forward(model, cache, token[:, None], attention)[:, -1]
+    return Rollouts(*(x[:, :t + 1] for x in (tokens, mask, logprobs, entropies)))
 
 
-def sample_and_grade(args, model, tokenizer, problems, group_size, rng, temperature=1.0):
-    """A group of completions per problem: Rollouts, their texts without the end token, and the rewards, 0 or 1, (P, G)."""
-    rollouts = sample(model, [problem.prompt for problem in problems], group_size, args.max_new_tokens,
-                      stop_tokens(model, tokenizer), rng, temperature)
-    rows = [tokens[mask].tolist() for tokens, mask in zip(rollouts.tokens.cpu(), rollouts.mask.cpu())]
-    # Cleaning up spaces would change what the model wrote.
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    rewards = [grade(args.task, text, problems[i // group_size].answer) for i, text in enumerate(texts)]
-    return rollouts, texts, torch.tensor(rewards, device=model.device).view(len(problems), group_size)
+def sample_and_grade(policy, args, problems, group_size, key, temperature=1):
+    """Rollouts, their texts, and 0/1 rewards (P, G)."""
+    device = policy.model.device
+    problems = [problem for problem in problems for _ in range(group_size)]  # one a row
+    rng = torch.Generator(device).manual_seed(seeded(*key).getrandbits(62))
+    prompts = [problem.prompt for problem in problems]
+    rollouts = sample(policy, prompts, args.max_new_tokens, rng, temperature)
+    written = [tokens[mask] for tokens, mask in zip(rollouts.tokens, rollouts.mask)]
+    texts = policy.tokenizer.batch_decode(
+        written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    rewards = [grade(args.task, text, problem.answer) for text, problem in zip(texts, problems)]
+    return rollouts, texts, torch.tensor(rewards, device=device).view(-1, group_size)
 
 
-def hidden_states(model, prompts, repeats, tokens):
-    """The state (B, T, H) that predicts each completion token: the one at t predicts token t, so no shift is left to get wrong.
+def score(model, prompts, tokens, mask, rows, micro_batch_tokens):
+    """Yields (some of `rows`, their log-probabilities (b, T), 0 where the mask is false).
 
-    prompts: P lists of token ids; repeats: how many rows each has; tokens: (B, T).
+    prompts: one per row of tokens and mask (B, T); equal neighbours are run once. Call backward()
+    on each part before asking for the next.
     """
-    with autocast(model.device):
-        cache, first, attention = prefill(model, prompts, repeats)
-        if tokens.shape[1] == 1:
-            return first[:, None]
-        attention = torch.cat([attention, torch.ones_like(tokens[:, 1:])], 1)  # padding on the right is never looked at
-        positions = attention.sum(1, keepdim=True) - tokens.shape[1] + 1 + torch.arange(tokens.shape[1] - 1, device=tokens.device)
-        rest = model.base_model(input_ids=tokens[:, :-1], attention_mask=attention, position_ids=positions, cache=cache,
-                                use_cache=True).last_hidden_state
-        return torch.cat([first[:, None], rest], 1)
+    if not rows:
+        return
+    head, rows = model.get_output_embeddings(), torch.tensor(rows, device=tokens.device)
+    options = torch.nn.LinearCrossEntropyOptions(  # torch makes the logits chunk by chunk
+        batch_chunk_size=max(1, LOGITS_AT_ONCE // len(head.weight)))
+    longest = max(len(prompts[i]) for i in rows) + int(mask[rows].sum(1).max())
+    for i in rows.split(max(1, micro_batch_tokens // longest)):
+        T, on = int(mask[i].sum(1).max()), mask[i]
+        with mixed_precision(model):
+            cache, first, attention = prefill(model, [prompts[row] for row in i])
+            attention = F.pad(attention, (0, T), value=1)
+            # The state at t predicts token t; padding on the right is never looked at.
+            rest = forward(model, cache, tokens[i, :T], attention)[:, :-1]
+        states = torch.cat([first[:, None], rest], 1)[on[:, :T]]
+        losses = F.linear_cross_entropy(states, head.weight, tokens[i][on], linear_bias=head.bias,
+                                        reduction="none", options=options)
+        yield i, torch.zeros(on.shape, device=on.device).masked_scatter(on, -losses)
 
 
-@torch.no_grad()
-def head_backward(model, hidden, logp, chosen, gradient):
-    """Back through the output head, by hand: d log p(y) / d logits is onehot(y) - p. Written over logp, nothing else is of its size.
+def check_model(policy, name):
+    """Raises UserError unless rollouts, scores and a gradient are those of the plain forward.
 
-    hidden: (N, H); logp: (N, V); chosen: the tokens y, (N, 1); gradient: d loss / d log p(y), (N,). Adds to the head's gradients
-    and returns d loss / d hidden, (N, H).
+    Models that scale their logits, or whose state padding spoils, would silently train wrong.
     """
-    head = model.get_output_embeddings()
-    for parameter in head.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    d_logits = logp.exp_().mul_(-gradient[:, None]).scatter_add_(1, chosen, gradient[:, None])
-    head.weight.grad.addmm_(d_logits.T, hidden.float())  # in place: autograd would make another such gradient per slice
-    if head.bias is not None:
-        head.bias.grad += d_logits.sum(0)
-    return d_logits @ head.weight
+    model, weight = policy.model, policy.model.get_input_embeddings().weight
+    prompts = [[2, 3]] * 3 + [[*range(1, 13)]] * 3
+    policy = policy._replace(stop=[*range(0, len(weight), 3)])  # many, so that rows leave
+    mixed, model.mixed = model.mixed, False
+    with expecting(f"--model {name} to do with a cache and padding what it does without, as "
+                   "Llama, Qwen2, Qwen3, Mistral, Phi or GPT-2 do"):
+        rng = torch.Generator(model.device).manual_seed(0)
+        tokens, mask, old, _ = sample(policy, prompts, 12, rng)
+        (_, scores), = score(model, prompts, tokens, mask, range(6), 10**6)
+        plain = torch.zeros_like(old)
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor([prompt + tokens[i, mask[i]].tolist()], device=model.device)
+            logits, n = model(input_ids=ids).logits[0, :-1], len(prompt)
+            plain[i, mask[i]] = -F.cross_entropy(logits[n - 1:], ids[0, n:], reduction="none")
+        right, got = (torch.autograd.grad(x.sum(), weight)[0] for x in (plain, scores))
+        unit = right.abs().max()
+        torch.testing.assert_close((old, scores, got / unit), (plain, plain, right / unit),
+                                   rtol=0, atol=1e-3)
+    model.mixed = mixed
 
 
-def score_in_pieces(args, model, prompts, rows, tokens, mask):
-    """Yields (some of `rows`, the log-probabilities (b, T) of their tokens, 0 where mask is false): `sample`'s counterpart in training.
+# ---- one training step
 
-    For gradients, call backward() on each before asking for the next. prompts: the prompt of each row of tokens and mask (B, T); one
-    that neighbouring rows share is run once per piece. The layers see pieces of at most --micro-batch-tokens, the head slices of a
-    piece: one slice's logits exist at a time.
-    """
-    lengths, pieces = mask.sum(1).tolist(), [[]]
-    for row in rows:
-        longer = [*pieces[-1], row]
-        if len(longer) > 1 and len(longer) * max(len(prompts[i]) + lengths[i] for i in longer) > args.micro_batch_tokens:
-            pieces.append([])
-        pieces[-1].append(row)
-    for piece in pieces:
-        shared = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts[i] for i in piece)]
-        longest, index = max(lengths[i] for i in piece), torch.tensor(piece, device=tokens.device)
-        states = hidden_states(model, *zip(*shared), tokens[index, :longest])
-        size = max(1, LOGITS_AT_ONCE // (longest * model.get_output_embeddings().weight.shape[0]))
-        d_states = torch.zeros_like(states)
-        for i, part, d_part in zip(index.split(size), states.detach().split(size), d_states.split(size)):
-            on, chosen = mask[i, :longest], tokens[i][mask[i]][:, None]
-            hidden = part[on]
-            with torch.no_grad():
-                logp = head_logits(model, hidden).log_softmax(-1)
-            chosen_logp = logp.gather(1, chosen)[:, 0].requires_grad_(states.requires_grad)
-            yield i, torch.zeros(mask[i].shape, device=mask.device).masked_scatter(mask[i], chosen_logp)
-            if chosen_logp.grad is not None:
-                d_part[on] = head_backward(model, hidden, logp, chosen, chosen_logp.grad).to(states.dtype)
-        if chosen_logp.grad is not None:
-            states.backward(d_states)
-
-
-# ---------------------------------------------------------------------------------------- files that survive any interruption
-
-class Stopped(Exception):
-    """Ctrl-C was pressed and everything is saved."""
-
-
-stop_requested = threading.Event()
-
-
-def write_atomically(path, write):
-    """Calls write(temporary path), then renames: whoever reads `path` finds the old content or the new, never a part."""
-    try:
-        write(f"{path}.tmp")
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise OSError(f"a failure to write all of {path}.tmp") from error
-    os.replace(f"{path}.tmp", path)
-
-
-def save_text(text, path):
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def save_json(value, path):
-    save_text(json.dumps(value, indent=1) + "\n", path)
-
-
-def save_checkpoint(path, model, optimizer, **state):
-    state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_checkpoint(path, model, optimizer):
-    """Restores model and optimizer; returns what else was saved, or None where there is no checkpoint."""
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location=model.device, weights_only=True)
-    model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------- warm start
 
 def make_optimizer(model):
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def apply_gradients(model, optimizer, learning_rate, updates_before):
-    """One optimiser step with warm-up and clipping. Returns the gradient norm; a non-finite one leaves the weights alone."""
+def apply_gradients(model, optimizer, learning_rate, updates_done):
+    """One update, unless the gradient is not finite. Returns its norm."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (updates_before + 1) / LR_WARMUP_UPDATES)
+        warmth = min(1.0, (updates_done + 1) / LR_WARMUP_UPDATES)
+        optimizer.param_groups[0]["lr"] = learning_rate * warmth
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
-def warm_up(args, seed, model, tokenizer, problems):
-    """Supervised steps on worked solutions; every arm of a seed starts from the result, OUT/warmup-seedK.pt. Returns seconds."""
-    if not args.warmup_steps:
-        return 0.0
-    path, optimizer = Path(args.out) / f"warmup-seed{seed}.pt", make_optimizer(model)
-    state = load_checkpoint(path, model, optimizer) or dict(step=0, seconds=0.0)
-    started, done = time.perf_counter() - state["seconds"], state["step"]
-    if done == args.warmup_steps:
-        return state["seconds"]
-    bar = tqdm(range(done + 1, args.warmup_steps + 1), desc=f"warm start, seed {seed}", initial=done, total=args.warmup_steps)
-    for step in bar:
-        batch = seeded("warmup", seed, step).choices(problems, k=WARMUP_BATCH)
-        batch.sort(key=lambda problem: len(problem.prompt))  # rows of one length, less padding
-        rows = [torch.tensor(encode_solution(args, tokenizer, problem), device=args.device) for problem in batch]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True)
-        loss = 0.0
-        for _, logprobs in score_in_pieces(args, model, [problem.prompt for problem in batch], range(len(batch)), tokens, mask):
-            piece = -logprobs.sum() / mask.sum()
-            piece.backward()
-            loss += float(piece.detach())
-        # Linear decay to a tenth: the warm start should end at rest, not in the middle of a stride.
-        apply_gradients(model, optimizer, args.warmup_learning_rate * (1 - 0.9 * step / args.warmup_steps), step - 1)
-        bar.set_postfix(loss=f"{loss:.3f}")
-        last, stopping = step == args.warmup_steps, stop_requested.is_set()
-        if last or stopping or step % 100 == 0:  # once finished, Adam's state is of no more use
-            save_checkpoint(path, model, make_optimizer(model) if last else optimizer, step=step, seconds=time.perf_counter() - started)
-        if stopping:
-            raise Stopped
-    return time.perf_counter() - started
+# Sums over a step's tokens and updates, apart for groups with k = 0..G right completions
+BY_CORRECT = ("tokens_right", "tokens_wrong", "clipped_right", "clipped_wrong", "kl", "ratio",
+              "radius_squared")
 
 
-# ----------------------------------------------------------------------------------------------------- one training step
-
-def clip_bounds(args, arm, rewards, advantages):
-    """(low, high), each (P, G). The only place where arms differ."""
-    arm = ARMS[arm]
-    budgets = etr.variance_budgets(rewards, arm.macro)
-    return etr.elastic_clip_bounds(advantages, budgets, args.clip_low * arm.low, args.clip_high * arm.high, arm.micro, args.scale_max)
-
-
-def minibatches(groups, count, rng):
-    """Endless minibatches of whole groups, `count` per pass over the batch; each pass has a new order."""
-    while True:
-        order = rng.sample(range(groups), groups)
-        yield from (sorted(order[i::count]) for i in range(count))
-
-
-# Sums over tokens and over the updates of a step, kept apart for groups with k = 0..G correct completions.
-BY_CORRECT = ("tokens_right", "tokens_wrong", "clipped_right", "clipped_wrong", "kl", "radius_squared")
-
-
-def count_by_correct(log_ratio, mask, right, advantages, low, high):
-    """The six BY_CORRECT sums of each row, (6, b). Right completions are clipped above, wrong ones below."""
+def count_by_correct(log_ratio, mask, right, A, low, high):
+    """The BY_CORRECT sums of each row, (7, b)."""
     ratio, count = log_ratio.exp(), mask.sum(1)
-    below, above = etr.clipped_tokens(ratio, advantages[:, None], low[:, None], high[:, None])
-    kl = ((ratio - 1 - log_ratio) * mask).sum(1)
-    return torch.stack([count * right, count * ~right, (above & mask).sum(1), (below & mask).sum(1), kl,
-                        count * torch.where(right, high, low)**2])
+    below, above = etr.clipped_tokens(ratio, A[:, None], low[:, None], high[:, None])
+    kl = ratio - 1 - log_ratio  # the k3 estimator
+    sums = [(value * mask).sum(1) for value in (above, below, kl, ratio)]
+    radius = torch.where(right, high, low)  # the right are clipped above, the wrong below
+    return torch.stack([count * right, count * ~right, *sums, count * radius**2])
 
 
-def train_step(args, arm, seed, step, model, tokenizer, optimizer, problems):
-    """One rollout batch and its updates. Returns (metrics, gradient norm of each update, a few rollouts as text)."""
-    started = time.perf_counter()
-    P, G, device = args.prompts_per_step, args.group_size, model.device
-    batch = seeded("prompts", seed, step).sample(problems, P)  # by seed and step, never by arm
-    rollouts, texts, rewards = sample_and_grade(args, model, tokenizer, batch, G, generator(device, "rollout", seed, step))
-    tokens, mask = rollouts.tokens, rollouts.mask
+def flip(rewards, share, rng):
+    """A dishonest verifier: this share of the 0/1 rewards is wrong."""
+    lies = torch.tensor([rng.random() < share for _ in range(rewards.numel())]).view(rewards.shape)
+    return torch.where(lies.to(rewards.device), 1 - rewards, rewards)
+
+
+def train_step(args, arm, seed, step, policy, optimizer, problems):
+    """One rollout batch and its updates: (metrics, a few rollouts as text)."""
+    started, P, G = time.perf_counter(), args.prompts_per_step, args.group_size
+    # 1. roll out: which prompts depends on seed and step, never on the arm
+    batch = seeded("prompts", seed, step).sample(problems, P)
+    rollouts, texts, rewards = sample_and_grade(policy, args, batch, G, ("rollout", seed, step))
+    rewards = flip(rewards, args.flip_rewards, seeded("flips", seed, step))
+    tokens, mask, old, _ = rollouts  # row i is completion i % G of prompt i // G
+    prompts = [problem.prompt for problem in batch for _ in range(G)]
+
+    def scored(groups):  # without those that have no advantage, so no gradient
+        rows = [i for g in groups for i in range(g * G, g * G + G) if A[g * G] != 0]
+        return score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens)
+
+    # 2. advantages, 3. to 5. the trust region: the one line in which arms differ
     advantages = etr.group_advantages(rewards)
-    low, high = clip_bounds(args, arm, rewards, advantages)
-    right, A, low, high = rewards.flatten() > 0, advantages.flatten(), low.flatten(), high.flatten()
-    correct = rewards.sum(1).long().repeat_interleave(G)
-
-    problem_of = [batch[i // G] for i in range(P * G)]  # row i is completion i % G of prompt i // G
-    pieces = lambda rows: score_in_pieces(args, model, [problem.prompt for problem in problem_of], rows, tokens, mask)
-    old = rollouts.logprobs
-    if device.type == "cuda":  # in bf16, token by token and all at once differ by more than a tight bound: use one path
+    bounds = ARMS[arm].rule(rewards, advantages, args.clip)
+    A, low, high = (x.flatten() for x in (advantages, *bounds))
+    if policy.model.mixed:  # in bf16, token by token and all at once differ: use one path
         with torch.no_grad():
-            old = torch.cat([logprobs for _, logprobs in pieces(range(P * G))])
-
-    totals, by_correct, norms = Counter(), torch.zeros(len(BY_CORRECT), G + 1, device=device), []
-    stream = minibatches(P, min(MINIBATCHES, P, args.updates_per_step), seeded("minibatches", seed, step))
-    for update, groups in enumerate(itertools.islice(stream, args.updates_per_step)):
-        rows = [group * G + member for group in groups for member in range(G)]
-        for i, logprobs in pieces(rows):
-            loss, stats = etr.surrogate_loss(logprobs, old[i], A[i], low[i], high[i], mask[i], denominator=mask[rows].sum())
+            for i, logprobs in scored(range(P)):
+                old[i] = logprobs
+    # 6. loss, and 7. several updates per rollout batch
+    right, correct = rewards.flatten() > 0, rewards.sum(1).long().repeat_interleave(G)
+    sums, norms = torch.zeros(len(BY_CORRECT), G + 1, device=mask.device), []
+    rng, cuts = seeded("minibatches", seed, step), min(MINIBATCHES, P, args.updates_per_step)
+    for update in range(args.updates_per_step):
+        if update % cuts == 0:
+            order = rng.sample(range(P), P)  # a new one for each pass over the batch
+        groups = sorted(order[update % cuts::cuts])
+        size = mask.unflatten(0, (P, G))[groups].sum()
+        for i, logprobs in scored(groups):
+            loss, _ = etr.surrogate_loss(logprobs, old[i], A[i], low[i], high[i], mask[i], size)
             loss.backward()
-            for name, value in stats.items():  # means over this piece's tokens: weigh them by its tokens
-                totals[name] += float(value * mask[i].sum())
-            by_correct.index_add_(1, correct[i], count_by_correct(logprobs.detach() - old[i], mask[i], right[i], A[i], low[i], high[i]))
-        norms.append(apply_gradients(model, optimizer, args.learning_rate, (step - 1) * args.updates_per_step + update))
-
-    seconds, finite, sampled = time.perf_counter() - started, [norm for norm in norms if math.isfinite(norm)], int(mask.sum())
-    trained = float(by_correct[:2].sum())
-    metrics = dict(
-        step=step, reward_mean=float(rewards.mean()), entropy=float(rollouts.entropies.sum()) / sampled,
-        **{name: total / trained for name, total in totals.items()},
-        frac_reward_zero_std=float((advantages == 0).all(1).float().mean()), completion_length_mean=sampled / (P * G),
-        grad_norm=sum(finite) / len(finite) if finite else None, updates_skipped=len(norms) - len(finite),
-        tokens_per_second=sampled / seconds, seconds=seconds, by_correct=dict(zip(BY_CORRECT, by_correct.tolist())))
-    shown = [f"step {step}, reward {int(right[i])}\n{problem_of[i].question}\n>>> {texts[i]}\n\n" for i in range(0, P * G, max(1, P * G // 4))]
-    return metrics, norms, "".join(shown)
+            sums.index_add_(1, correct[i], count_by_correct(
+                logprobs.detach() - old[i], mask[i], right[i], A[i], low[i], high[i]))
+        done = (step - 1) * args.updates_per_step + update
+        norms.append(apply_gradients(policy.model, optimizer, args.learning_rate, done))
+    metrics = step_metrics(step, rollouts, rewards, sums, norms, time.perf_counter() - started)
+    return metrics, show(step, batch, texts, rewards)
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+def show(step, batch, texts, rewards):
+    """Four of the rollouts, for samples.txt."""
+    G, rewards = len(texts) // len(batch), rewards.flatten()
+    shown = range(0, len(texts), max(1, len(texts) // 4))
+    return "".join(f"step {step}, reward {int(rewards[i])}\n{batch[i // G].question}\n"
+                   f">>> {texts[i]}\n\n" for i in shown)
+
+
+def step_metrics(step, rollouts, rewards, sums, norms, seconds):
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    if not finite:
+        raise UserError(f"expected a finite gradient in step {step}; lower --learning-rate")
+    sampled, total = int(rollouts.mask.sum()), dict(zip(BY_CORRECT, sums.sum(1).tolist()))
+    trained = max(1.0, total["tokens_right"] + total["tokens_wrong"])
+    low, high = total["clipped_wrong"] / trained, total["clipped_right"] / trained
+    return dict(
+        step=step, reward_mean=float(rewards.mean()),
+        entropy=float(rollouts.entropies.sum()) / sampled,
+        clip_fraction=low + high, clip_fraction_low=low, clip_fraction_high=high,
+        ratio_mean=total["ratio"] / trained, approx_kl=total["kl"] / trained,
+        frac_reward_zero_std=float((rewards == rewards[:, :1]).all(1).float().mean()),
+        completion_length_mean=sampled / rewards.numel(), grad_norm=sum(finite) / len(finite),
+        updates_skipped=len(norms) - len(finite), tokens_per_second=sampled / seconds,
+        by_correct=dict(zip(BY_CORRECT, sums.tolist())))
+
+
+# ---- warm start and evaluation
+
+
+def warmup_step(args, seed, step, policy, optimizer, problems):
+    """One supervised step on worked solutions. Returns its metrics."""
+    batch = seeded("warmup", seed, step).choices(problems, k=args.warmup_batch)
+    batch.sort(key=lambda problem: len(problem.prompt))  # less padding
+    prompts, rows = [problem.prompt for problem in batch], range(len(batch))
+    tokens = pad([problem.target for problem in batch], policy.model.device, "right")
+    mask, total = tokens >= 0, 0.0
+    for _, logprobs in score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens):
+        loss = -logprobs.sum() / mask.sum()
+        loss.backward()
+        total += float(loss.detach())
+    rate = args.warmup_rate * (1 - 0.9 * step / args.warmup_steps)  # to end at rest
+    apply_gradients(policy.model, optimizer, rate, step - 1)
+    return dict(step=step, loss=total)
+
 
 def pass_at_k(samples, correct, k):
-    """Unbiased estimate of the chance that one of k samples is right, from `correct` of `samples` (Chen et al. 2021, eq. 1).
+    """Unbiased estimate of the chance that one of k is right (Chen et al. 2021, eq. 1).
 
     >>> pass_at_k(8, 1, 1), pass_at_k(8, 1, 8)
     (0.125, 1.0)
@@ -818,258 +840,311 @@ def pass_at_k(samples, correct, k):
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def evaluate(args, seed, model, tokenizer, problems):
-    """Held-out accuracy: dict of pass1 (mean of EVAL_SAMPLES samples), greedy and passk (a list, k = 1..EVAL_SAMPLES), and, of the
-    same samples, entropy (nats per token), mean length in tokens and the share of groups with equal rewards."""
-    n, k, right, entropy, tokens = len(problems), EVAL_SAMPLES, [], 0.0, 0
-    def rollouts_of(group_size, temperature):
-        at_once = args.prompts_per_step * k // group_size
-        for start in range(0, n, at_once):
-            yield sample_and_grade(args, model, tokenizer, problems[start:start + at_once], group_size,
-                                   generator(model.device, "eval", seed, start), temperature)
-    greedy = sum(float(rewards.sum()) for _, _, rewards in rollouts_of(1, temperature=0))
-    for rollouts, _, rewards in rollouts_of(k, temperature=1):
-        right += rewards.sum(1).int().tolist()
-        entropy, tokens = entropy + float(rollouts.entropies.sum()), tokens + int(rollouts.mask.sum())
-    return dict(pass1=sum(right) / (n * k), greedy=greedy / n, entropy=entropy / tokens, length=tokens / (n * k), problems=n,
-                passk=[sum(pass_at_k(k, c, j) for c in right) / n for j in range(1, k + 1)],
-                zero_std=sum(c in (0, k) for c in right) / n)
+def evaluate(args, seed, policy, data, splits):
+    """{SPLIT_pass1, _greedy, _passk, _passk_curve} for each of `splits`."""
+    scores, n = {}, EVAL_SAMPLES
+    for split in splits:
+        greedy, right = [], []
+        for start in range(0, len(data[split]), EVAL_AT_ONCE):
+            part, key = data[split][start:start + EVAL_AT_ONCE], (split, seed, start)
+            greedy += sample_and_grade(policy, args, part, 1, key, temperature=0)[2].tolist()
+            right += sample_and_grade(policy, args, part, n, key)[2].sum(1).int().tolist()
+        curve = [float(np.mean([pass_at_k(n, c, k) for c in right])) for k in range(1, n + 1)]
+        scores |= {f"{split}_pass1": curve[0], f"{split}_greedy": float(np.mean(greedy)),
+                   f"{split}_passk": curve[-1], f"{split}_passk_curve": curve}
+    return scores
 
 
-# ----------------------------------------------------------------------------------------------------------------- plots
+# ---- runs that survive interruption
 
-T_975 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t, 1..9 degrees of freedom; 2 beyond
+stopping = []  # not empty after Ctrl-C
 
 
-def load_runs(out):
-    """{arm: {seed: [metrics of each step]}} of the runs under `out`."""
-    runs = {arm: {} for arm in ARMS}
-    for path in sorted(Path(out).glob("*-seed*/metrics.jsonl")):
-        arm, _, seed = path.parent.name.rpartition("-seed")
-        runs[arm][int(seed)] = [json.loads(line) for line in path.read_text().splitlines()]
-    return {arm: seeds for arm, seeds in runs.items() if seeds}
+def save(path, value):
+    """Text, or anything by torch.save; a crash leaves the old content or the new."""
+    temporary = Path(f"{path}.tmp")
+    with writing(path), temporary.open("wb") as file:
+        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+    os.replace(temporary, path)
+
+
+def writing(path):  # every library has its own error for a full disk
+    return expecting(f"to write {path} (mend that, then add --resume)")
+
+
+def train(folder, model, steps, eval_every, one_step):
+    """Calls one_step(step, optimizer) -> (metrics, text) for each of `steps`; returns all metrics.
+
+    Writes both to `folder`, with a checkpoint every `eval_every` steps, from which it continues.
+    """
+    optimizer, checkpoint = make_optimizer(model), folder / "checkpoint.pt"
+    lines, samples = [], ""
+    if checkpoint.exists():
+        weights, moments, lines, samples = torch.load(checkpoint, map_location=model.device)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+    folder.mkdir(exist_ok=True)
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
+    bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause,
+               miniters=1, delay=pause)
+    for step in bar:
+        started = time.perf_counter()
+        metrics, text = one_step(step, optimizer)
+        lines.append(dict(metrics, seconds=time.perf_counter() - started))
+        samples += text
+        save(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        save(folder / "samples.txt", samples)
+        if step == steps[-1] or step % eval_every == 0 or stopping:
+            save(checkpoint, (model.state_dict(), optimizer.state_dict(), lines, samples))
+        if stopping:
+            raise KeyboardInterrupt
+        shown = {"loss", "reward_mean", "entropy"} & metrics.keys()
+        bar.set_postfix({name: metrics[name] for name in shown}, refresh=False)
+    return lines
+
+
+def run_arm(args, arm, seed, data):
+    """Trains one arm of one seed in OUT/ARM-seedSEED, which in the end holds its model."""
+    folder = args.out / f"{arm}-seed{seed}"
+    if (folder / "model").exists():
+        return
+    policy = load_model(args.model, args.device, seed)
+
+    def warm_start(step, optimizer):
+        metrics, splits = dict(step=0), ["eval", "test"] * (step == args.warmup_steps)
+        if step:
+            metrics = warmup_step(args, seed, step, policy, optimizer, data["train"])
+        return metrics | evaluate(args, seed, policy, data, splits), ""
+
+    def one_step(step, optimizer):
+        if step == 0:
+            return dict(before, step=0), ""
+        metrics, text = train_step(args, arm, seed, step, policy, optimizer, data["train"])
+        last = step == args.steps
+        splits = ["eval"] * (last or step % args.eval_every == 0) + ["test"] * last
+        return metrics | evaluate(args, seed, policy, data, splits), text
+
+    shared = args.out / f"warmup-seed{seed}"  # trained once, for all arms
+    *_, before = train(shared, policy.model, range(args.warmup_steps + 1), 100, warm_start)
+    train(folder, policy.model, range(args.steps + 1), args.eval_every, one_step)
+    with writing(folder):
+        for part in (policy.tokenizer, policy.model):
+            part.save_pretrained(folder / "model.tmp")
+        os.replace(folder / "model.tmp", folder / "model")
+    (folder / "checkpoint.pt").unlink()
+
+
+def open_out(args, **about):
+    """Makes --out and writes its config.json, unless it holds another run. Returns its lock."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = open(args.out / "lock", "w")  # given up when the process ends, however it ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"expected no other process in --out {args.out}") from None
+    path = args.out / "config.json"
+    given = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    if path.exists() and not args.resume:
+        raise UserError(f"expected no run in --out {args.out}; add --resume or name another")
+    with expecting(f"arguments in {path}"):
+        stored = json.loads(path.read_text())["arguments"] if path.exists() else given
+        changed = [f"{name} was {stored.get(name)}, is {value}" for name, value in given.items()
+                   if stored.get(name) != value]
+    if changed:
+        raise UserError(f"expected the arguments of the run, but {'; '.join(changed)}")
+    save(path, json.dumps(dict(arguments=given, **about), indent=1) + "\n")
+    return lock
+
+
+# ---- pictures and the table
+
+matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 130})
+T_975 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1, 2... seeds
+HEAD = "\narm         seed  pass@1          greedy          pass@8          entropy         clip"
+TABLE = ("{arm:11s} {seed:4d}  {pass1_before:.3f} -> {pass1_after:.3f}  {greedy_before:.3f} -> "
+         "{greedy_after:.3f}  {passk_before:.3f} -> {passk_after:.3f}  {entropy_first:.3f} -> "
+         "{entropy_last:.3f}  {clip_fraction_mean:.1%}")
+
+
+def read_metrics(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
+def load_runs(args):
+    """{arm: one list of metrics per seed}, of runs that have made a step."""
+    runs = {}
+    for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
+        lines = read_metrics(args.out / f"{arm}-seed{seed}")
+        if len(lines) > 1:
+            runs.setdefault(arm, []).append(lines)
+    return runs
 
 
 def mean_and_band(curves):
-    """(x, mean, half-width of its 95 % interval) over seeds, at the steps that all have. curves: one {x: value} per seed."""
+    """One {x: value} per seed -> (x that all have, mean, half-width of its 95 % t-interval)."""
     x, n = sorted(set.intersection(*map(set, curves))), len(curves)
     values = np.array([[curve[at] for at in x] for curve in curves])
-    half = (T_975[n - 2] if n <= 10 else 2.0) * values.std(0, ddof=1) / n**0.5 if n > 1 else np.zeros(len(x))
-    return x, values.mean(0), half
+    t = T_975[n - 1] if n <= len(T_975) else 2.26
+    return x, values.mean(0), t * values.std(0, ddof=int(n > 1)) / n**0.5
 
 
-def panel(axis, title, xlabel, ylabel):
-    axis.set_title(title, fontsize=14)
-    axis.set_xlabel(xlabel, fontsize=13)
-    axis.set_ylabel(ylabel, fontsize=13)
-    axis.tick_params(labelsize=12)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
+def panel(axis, curves, title, xlabel, ylabel=""):
+    """Mean and band of {name: one {x: y} per seed}, each named at its right end."""
+    ends = []
+    for name, seeds in curves.items():
+        x, mean, half = mean_and_band(seeds)
+        color = ARMS[name].color if name in ARMS else "#777777"
+        axis.plot(x, mean, color=color, lw=2.5)
+        axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.18, lw=0)
+        if x:
+            ends.append((mean[-1], x[-1], name, color))
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.set_ylim(bottom=0)
+    ends, heights = sorted(ends), []  # of the names, pushed apart where ends meet
+    for y, *_ in ends:
+        heights.append(max(y, heights[-1] + 0.065 * axis.get_ylim()[1]) if heights else y)
+    up = (sum(heights) - sum(y for y, *_ in ends)) / max(1, len(ends))
+    for height, (_, x, name, color) in zip(heights, ends):
+        axis.annotate(name, (x, height - up), xytext=(6, 0), textcoords="offset points",
+                      va="center", color=color, weight="bold", annotation_clip=False)
 
 
-def draw_lines(axis, lines, title, xlabel, ylabel, top=None):
-    """Draws {arm: (x, y, half)} with bands, each labelled at its right end; labels are pushed apart where ends meet."""
-    lines = {arm: line for arm, line in lines.items() if len(line[0])}
-    for arm, (x, y, half) in lines.items():
-        axis.plot(x, y, color=ARMS[arm].color, lw=2.5)
-        axis.fill_between(x, y - half, y + half, color=ARMS[arm].color, alpha=0.18, lw=0)
-    axis.set_ylim(0, top)
-    at, apart = -math.inf, 0.065 * axis.get_ylim()[1]
-    for arm, (x, y, _) in sorted(lines.items(), key=lambda item: item[1][1][-1]):
-        at = max(y[-1], at + apart)
-        axis.annotate(arm, (x[-1], at), xytext=(6, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13, weight="bold",
-                      va="center", annotation_clip=False)
-    panel(axis, title, xlabel, ylabel)
+def over_steps(runs, name):
+    """{arm: one {step: metric} per seed}"""
+    return {arm: [{line["step"]: line[name] for line in lines if name in line} for lines in seeds]
+            for arm, seeds in runs.items()}
+
+
+def by_pass_rate(runs, name, side=""):
+    """{arm: one {k/G: % of the tokens} per seed}, for k = 1..G-1: other groups teach nothing."""
+    def curve(lines):
+        sums = {key: np.sum([line["by_correct"][key] for line in lines[1:]], 0)
+                for key in BY_CORRECT}
+        tokens = sum(sums[key] for key in BY_CORRECT if key.startswith(f"tokens_{side}"))
+        G = len(tokens) - 1
+        return {k / G: 100 * sums[name][k] / tokens[k] for k in range(1, G) if tokens[k]}
+    return {arm: [curve(lines) for lines in seeds] for arm, seeds in runs.items()}
+
+
+def picture(path, title, caption, columns, *panels):
+    rows = len(panels) // columns
+    figure = Figure(figsize=(5.2 * columns, 4.4 * rows), layout="constrained")
+    for axis, content in zip(figure.subplots(rows, columns).flat, panels):
+        panel(axis, *content)
+    figure.suptitle(title)
+    figure.supxlabel(caption, fontsize=11)
+    figure.savefig(path)
 
 
 def draw(args):
-    """Both pictures from the metrics on disk; nothing before each arm has made a step."""
-    out, runs = Path(args.out), load_runs(args.out)
-    if not runs or any(len(lines) < 2 for seeds in runs.values() for lines in seeds.values()):
+    """Both pictures, from the metrics on disk."""
+    runs = load_runs(args)
+    if not runs:
         return
-    over_steps = lambda name, factor=1, first=1: {arm: mean_and_band([
-        {line["step"]: factor * line[name] for line in lines[first:] if name in line} for lines in seeds.values()]) for arm, seeds in runs.items()}
-    step, n = "step (rollout batches)", min(len(seeds) for seeds in runs.values())
+    n = min(map(len, runs.values()))
+    caption = f"{n} seeds, bands: 95 % interval of the mean" if n > 1 else "1 seed: no bands"
+    accuracy, entropy = over_steps(runs, "eval_pass1"), over_steps(runs, "entropy")
+    means = {arm: mean_and_band(seeds)[1] for arm, seeds in accuracy.items()}
+    moved = [f"{arm} {mean[0]:.2f} to {mean[-1]:.2f}" for arm, mean in means.items()]
+    uniform = math.log(json.loads((args.out / "config.json").read_text())["vocabulary"])
+    if uniform < 2 * max(max(curve.values()) for seeds in entropy.values() for curve in seeds):
+        entropy["ln|V|"] = [{0: uniform, args.steps: uniform}]  # a policy of pure noise
+    picture(
+        args.out / "accuracy_entropy.png", f"{args.task}, pass@1: {', '.join(moved)}", caption, 2,
+        (accuracy, "Held-out accuracy", "step", "pass@1"),
+        (entropy, "Policy entropy", "step", "nats per token"))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    accuracy, entropy = over_steps("eval_pass1", first=0), over_steps("entropy", first=0)
-    draw_lines(left, accuracy, "Held-out accuracy", step, "pass@1 on held-out problems")
-    draw_lines(right, entropy, "Policy entropy", step, "entropy of the policy (nats per token)")
-    uniform = math.log(json.loads((out / "config.json").read_text())["vocabulary"])
-    if uniform < 2 * right.get_ylim()[1]:
-        right.axhline(uniform, color="#777777", ls="--", lw=1.5)
-        right.text(0, uniform, " uniform policy, ln|V|", color="#777777", fontsize=12, va="bottom")
-    ends = ", ".join(f"{arm} {y[-1]:.2f}" for arm, (_, y, _) in accuracy.items())
-    figure.suptitle(f"{args.task}: pass@1 from {next(iter(accuracy.values()))[1][0]:.2f} to {ends}", fontsize=15, weight="bold")
-    figure.supxlabel(f"{n} seeds, bands: 95 % interval of the mean" if n > 1 else "1 seed, so no bands: differences may be noise",
-                     fontsize=11, color="#555555")
-    figure.savefig(out / "accuracy_entropy.png", dpi=130)
-
-    sums = {arm: {name: sum(np.array(line["by_correct"][name]) for lines in seeds.values() for line in lines[1:]) for name in BY_CORRECT}
-            for arm, seeds in runs.items()}
-    def by_pass_rate(name, *token_names):
-        lines = {}
-        for arm, sums_of in sums.items():
-            tokens = sum(sums_of[name] for name in token_names)
-            k = np.flatnonzero(tokens[1:-1]) + 1  # k = 0 and k = G have no gradient to clip
-            lines[arm] = (k / (len(tokens) - 1), sums_of[name][k] / tokens[k], np.zeros(len(k)))
-        return lines
-    percent = lambda lines: {arm: (x, 100 * y, half) for arm, (x, y, half) in lines.items()}
-    rate = "pass rate of the group, k/G"
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8.4), layout="constrained")
-    draw_lines(axes[0, 0], by_pass_rate("radius_squared", "tokens_right", "tokens_wrong"), "The budget", rate, "mean squared clip radius")
-    draw_lines(axes[0, 1], percent(by_pass_rate("clipped_right", "tokens_right")), "Right answers, clipped above", rate, "tokens clipped (%)")
-    draw_lines(axes[0, 2], percent(by_pass_rate("clipped_wrong", "tokens_wrong")), "Wrong answers, clipped below", rate, "tokens clipped (%)")
-    draw_lines(axes[1, 0], over_steps("frac_reward_zero_std", 100), "Groups that teach nothing", step, "groups with equal rewards (%)", 100)
-    draw_lines(axes[1, 1], over_steps("approx_kl", 1000), "Distance moved per step", step, "KL (1e-3 nats per token)")
-    draw_lines(axes[1, 2], over_steps("completion_length_mean"), "Length of completions", step, "tokens")
-    shares = ", ".join(f"{arm} {np.mean(y):.1f} %" for arm, (_, y, _) in over_steps("clip_fraction", 100).items())
-    figure.suptitle(f"Who is clipped: {shares} of all tokens", fontsize=16, weight="bold")
-    figure.savefig(out / "mechanism.png", dpi=130)
-    plt.close("all")
+    clipped = {arm: np.mean([line["clip_fraction"] for lines in seeds for line in lines[1:]])
+               for arm, seeds in runs.items()}
+    shares = ", ".join(f"{arm} {share:.1%}" for arm, share in clipped.items())
+    rate = "pass rate, k/G"
+    picture(
+        args.out / "mechanism.png", f"Tokens clipped: {shares}", caption, 3,
+        (by_pass_rate(runs, "radius_squared"), "Budget", rate, "squared clip radius, 1e-2"),
+        (by_pass_rate(runs, "clipped_right", "right"), "Right, clipped above", rate, "% of tokens"),
+        (by_pass_rate(runs, "clipped_wrong", "wrong"), "Wrong, clipped below", rate, "% of tokens"),
+        (by_pass_rate(runs, "kl"), "KL spent", rate, "nats per token, 1e-2"),
+        (over_steps(runs, "frac_reward_zero_std"), "Groups that teach nothing", "step", "share"),
+        (over_steps(runs, "completion_length_mean"), "Length", "step", "tokens"))
 
 
-# ---------------------------------------------------------------------------------------------------------- runs and main
-
-def evaluation_metrics(scores):
-    return dict(eval_pass1=scores["pass1"], eval_greedy=scores["greedy"], eval_passk=scores["passk"][-1])
-
-
-def run_arm(args, arm, seed, before, model, tokenizer, data):
-    """Trains one arm from the warm start. Continues from its checkpoint where there is one. Returns its row of results.json."""
-    folder, optimizer = Path(args.out) / f"{arm}-seed{seed}", make_optimizer(model)
-    folder.mkdir(exist_ok=True)
-    scores = before["validation"]  # step 0 is the warm start: nothing was updated, so nothing moved or was clipped
-    still = ("clip_fraction", "clip_fraction_low", "clip_fraction_high", "approx_kl", "grad_norm", "tokens_per_second", "seconds")
-    start = dict(dict.fromkeys(still, 0.0), step=0, reward_mean=scores["pass1"], entropy=scores["entropy"], ratio_mean=1.0,
-                 frac_reward_zero_std=scores["zero_std"], completion_length_mean=scores["length"], updates_skipped=0,
-                 **evaluation_metrics(scores))
-    state = load_checkpoint(folder / "checkpoint.pt", model, optimizer) or dict(step=0, seconds=0.0, lines=[start], samples="")
-    lines, started, skipped = state["lines"], time.perf_counter() - state["seconds"], 0
-    bar = tqdm(range(state["step"] + 1, args.steps + 1), desc=f"{arm}, seed {seed}", initial=state["step"], total=args.steps)
-    for step in bar:
-        metrics, norms, shown = train_step(args, arm, seed, step, model, tokenizer, optimizer, data["train"])
-        for norm in norms:
-            skipped = 0 if math.isfinite(norm) else skipped + 1
-            if skipped == 3:
-                raise UserError(f"{arm}, seed {seed}, step {step}: expected finite gradients, got three in a row that are not; the "
-                                f"last checkpoint is kept in {folder}: start anew with a lower --learning-rate")
-        evaluated, stopping = step % args.eval_every == 0 or step == args.steps, stop_requested.is_set()
-        if evaluated:
-            metrics.update(evaluation_metrics(evaluate(args, seed, model, tokenizer, data["validation"])))
-            state["samples"] += shown
-        lines.append(metrics)
-        save_text("".join(json.dumps(line) + "\n" for line in lines), folder / "metrics.jsonl")
-        save_text(state["samples"], folder / "samples.txt")
-        if evaluated or stopping:
-            state.update(step=step, seconds=time.perf_counter() - started)
-            save_checkpoint(folder / "checkpoint.pt", model, optimizer, **state)
-        if stopping:
-            raise Stopped
-        bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", entropy=f"{metrics['entropy']:.3f}",
-                        clip=f"{100 * metrics['clip_fraction']:.1f}%")
-    after, row = evaluate(args, seed, model, tokenizer, data["test"]), dict(seed=seed)
-    for name, pick in (("pass1", lambda s: s["pass1"]), ("greedy", lambda s: s["greedy"]), ("passk", lambda s: s["passk"][-1]),
-                       ("passk_curve", lambda s: s["passk"])):
-        row.update({f"{name}_before": pick(before["test"]), f"{name}_after": pick(after)})
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return dict(row, entropy_first=lines[1]["entropy"], entropy_last=lines[-1]["entropy"],
-                clip_fraction_mean=float(np.mean([line["clip_fraction"] for line in lines[1:]])), seconds=time.perf_counter() - started)
+def report(args):
+    """Saves results.json and prints it as a table."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    warmups = [read_metrics(args.out / f"warmup-seed{seed}") for seed in seeds]
+    warmup = sum(line["seconds"] for lines in warmups for line in lines)
+    results = dict(task=args.task, total_seconds=warmup, warmup_seconds=warmup, arms={})
+    print(HEAD)
+    for arm, seeds in load_runs(args).items():
+        results["arms"][arm] = []
+        for seed, (first, *lines) in enumerate(seeds, args.seed):
+            row = dict(seed=seed, seconds=sum(line["seconds"] for line in lines),
+                       clip_fraction_mean=float(np.mean([x["clip_fraction"] for x in lines])),
+                       entropy_first=lines[0]["entropy"], entropy_last=lines[-1]["entropy"])
+            for when, line in (("before", first), ("after", lines[-1])):
+                row |= {f"{name[5:]}_{when}": line[name] for name in line if name[:5] == "test_"}
+            results["arms"][arm].append(row)
+            results["total_seconds"] += row["seconds"]
+            print(TABLE.format(arm=arm, **row))
+    save(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    print(f"\nIn {args.out}: accuracy_entropy.png, mechanism.png, results.json")
 
 
-def check_out(args):
-    """Raises UserError unless --out is new or, with --resume, holds a run with these very arguments."""
-    path = Path(args.out) / "config.json"
-    if path.exists() and not args.resume:
-        raise UserError(f"--out {args.out}: expected a new folder, but it holds a run; add --resume to continue it, or name another")
-    if args.resume and not path.exists():
-        raise UserError(f"--resume: expected a run in {args.out}, got none; leave --resume out to start one")
-    stored = json.loads(path.read_text())["arguments"] if args.resume else {}
-    differing = [f"{name} was {value}, is {getattr(args, name, None)}" for name, value in stored.items()
-                 if getattr(args, name, None) != value]
-    if differing:
-        raise UserError(f"--resume: expected the arguments that {args.out} was started with, but {'; '.join(differing)}")
-
-
-def print_table(results, out):
-    print(f"\n{'arm':12s} seed   pass@1          greedy          pass@{EVAL_SAMPLES}          entropy         clipped  seconds")
-    for arm, rows in results["arms"].items():
-        for r in rows:
-            change = "  ".join(f"{r[f'{name}_before']:.3f} -> {r[f'{name}_after']:.3f}" for name in ("pass1", "greedy", "passk"))
-            print(f"{arm:12s} {r['seed']:4d}  {change}  {r['entropy_first']:.3f} -> {r['entropy_last']:.3f} "
-                  f"{100 * r['clip_fraction_mean']:7.2f}% {r['seconds']:8.0f}")
-    print(f"\nPictures: {out / 'accuracy_entropy.png'}, {out / 'mechanism.png'}    Numbers: {out / 'results.json'}")
+# ---- main
 
 
 def run(args):
     if args.model == "built-in" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # on a model this small the threads wait for each other
-    check_out(args)
-    if args.task == "math" and not math_verify_equal("x+1", "1+x"):
-        raise UserError("--task math needs the package math-verify on Linux or macOS; pip install -r requirements.txt brings it")
-    out, problems = Path(args.out), load_problems(args)
-    model, tokenizer = load_model(args, args.seed)
-    data = {name: encode(args, tokenizer, part) for name, part in problems.items()}
+        torch.set_num_threads(1)  # more would wait for each other
+    problems, policy = load_problems(args), load_model(args.model, args.device, args.seed)
+    check_model(policy, args.model)
+    examples = problems.pop("examples")
+    data = {split: encode(policy, part, examples) for split, part in problems.items()}
     longest = max(len(problem.prompt) for part in data.values() for problem in part)
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    if longest + args.max_new_tokens > context:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: expected at most {context - longest}, because the longest prompt has "
-                        f"{longest} tokens and the model's context {context}; lower it or choose another --model")
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{args.device}, {torch.get_num_threads()} threads"
-    arguments = {name: value for name, value in vars(args).items() if name != "resume"}
-    save_json(dict(arguments=arguments, device=device, vocabulary=model.get_output_embeddings().weight.shape[0],
-                   parameters=model.num_parameters(), problems={name: len(part) for name, part in data.items()},
-                   versions=dict(python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__)),
-              out / "config.json")
-    results = dict(task=args.task, total_seconds=0.0, warmup_seconds=0.0, arms={arm: [] for arm in args.algos})
+    room = getattr(policy.model.config, "max_position_embeddings", math.inf) - longest
+    if args.max_new_tokens > room:
+        raise UserError(f"expected --max-new-tokens up to {room}, which the longest prompt leaves")
+    lock = open_out(
+        args, device=torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        vocabulary=len(policy.model.get_output_embeddings().weight),
+        parameters=policy.model.num_parameters(), threads=torch.get_num_threads(),
+        problems={split: len(part) for split, part in data.items()},
+        versions=dict(torch=torch.__version__, transformers=transformers.__version__))
+    del policy  # one model in memory at a time
     for seed in range(args.seed, args.seed + args.seeds):
         for arm in args.algos:
-            model = None  # or the last arm's would stay in memory beside the next
-            model, tokenizer = load_model(args, seed)
-            warmup_seconds = warm_up(args, seed, model, tokenizer, data["train"])
-            before, result = out / f"before-seed{seed}.json", out / f"{arm}-seed{seed}" / "result.json"
-            if not before.exists():
-                save_json({name: evaluate(args, seed, model, tokenizer, data[name]) for name in ("validation", "test")}, before)
-            if not result.exists():
-                save_json(run_arm(args, arm, seed, json.loads(before.read_text()), model, tokenizer, data), result)
-            (result.parent / "checkpoint.pt").unlink(missing_ok=True)
-            results["arms"][arm].append(json.loads(result.read_text()))
+            run_arm(args, arm, seed, data)
             draw(args)
-        results["warmup_seconds"] += warmup_seconds
-    results["total_seconds"] = results["warmup_seconds"] + sum(row["seconds"] for rows in results["arms"].values() for row in rows)
-    save_json(results, out / "results.json")
-    print_table(results, out)
+    report(args)
+    lock.close()
 
 
 def on_interrupt(*_):
-    if stop_requested.is_set():
-        raise KeyboardInterrupt
-    stop_requested.set()
-    print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stopping.append(True)
+    print("\nstopping after this step; at once with another Ctrl-C", file=sys.stderr)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, code = parse_args(argv), 2
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    stopping.clear()
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         run(args)
         return 0
-    except Stopped:
-        draw(args)
-        message, code = f"stopped and saved in {args.out}; the same command with --resume continues", 130
-    except UserError as error:
-        message, code = str(error), 2
-    except torch.OutOfMemoryError:
-        message, code = ("the GPU's memory ran out; lower --micro-batch-tokens, then --prompts-per-step or --max-new-tokens, and name a "
-                         "new --out"), 2
     except KeyboardInterrupt:
-        message, code = f"stopped at once; what {args.out} has saved is kept, and the same command with --resume continues", 130
-    except (OSError, SafetensorError) as error:
-        message, code = f"expected to write in {args.out}, got {error}; mend that, and if a run was under way continue it by --resume", 2
+        draw(args)
+        message, code = f"stopped; the same command with --resume continues {args.out}", 130
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "expected more GPU memory; lower --micro-batch-tokens and name another --out"
+    except OSError as error:
+        message = f"expected to write in {args.out}, got {error}; then add --resume"
     print(f"train_small.py: {message}", file=sys.stderr)
     return code
 

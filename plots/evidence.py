@@ -1,477 +1,404 @@
-"""The evidence: what elastic bounds do against GRPO on the built-in task. From nothing to every csv and png beside this file:
+"""The evidence: what elastic bounds do against GRPO on the built-in task.
 
-    OMP_NUM_THREADS=1 python plots/evidence.py all      run, collect and draw; resumable
-    python plots/evidence.py run                        trains what is missing, under runs/evidence
-    python plots/evidence.py run final 0 5              one stage, its first five seeds
-    python plots/evidence.py collect                    runs -> plots/*.csv
-    python plots/evidence.py draw                       plots/*.csv -> plots/*.png, in seconds
+    python plots/evidence.py all                run, collect and draw; resumable
+    python plots/evidence.py run final 0 5      one stage, its first five seeds
+    python plots/evidence.py collect            runs/evidence -> plots/*.csv
+    python plots/evidence.py gsm8k runs/gsm8k   such runs -> plots/gsm8k.csv
+    python plots/evidence.py tables             the READMEs' tables, from the csv
+    python plots/evidence.py draw               plots/*.csv -> plots/*.png
+    python plots/evidence.py pictures           the same, for runs of your own
 
-Stages. On tuning seeds: `map`, which tries elasticities, other readings of the abstract and fixed clip radii, and `regime-...`,
-ETR and GRPO at other learning rates, updates per batch and group sizes. On fresh seeds: `final`, every arm at the learning
-rate that suits GRPO best on the tuning seeds, and `fast`, ETR and the fixed radii at twice that rate.
-All arms of a seed share the warm start and the prompts. One arm of one seed takes about a minute of one core, all of them 4.4
-hours; two processes at a time, on different stages or seeds, halve that.
+`draw` refuses if a number in the READMEs is not what the csv says. A stage and a seed are one
+run of train_small.py, a minute an arm on one core.
 """
 
-import argparse
-import csv
-import json
-import shutil
+import re
 import sys
-from collections import Counter, namedtuple
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import pandas as pd  # comes with datasets
 import torch
+from matplotlib.figure import Figure
 
 PLOTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(PLOTS.parent))
-import etr  # noqa: E402
-import train_small  # noqa: E402
-from train_small import ARMS, Arm, panel  # noqa: E402
+ROOT = PLOTS.parent
+RUNS = ROOT / "runs/evidence"
+sys.path.insert(0, str(ROOT))
+import etr
+import train_small as ts
 
-import matplotlib.pyplot as plt  # noqa: E402
-
-# ------------------------------------------------------------------------------------------------------------------ arms
-
-GRID = (0.0, 0.5, 1.0)  # elasticities of the map
-SHARED = {(0.0, 0.0): "grpo", (1.0, 1.0): "etr", (1.0, 0.0): "micro", (0.0, 1.0): "macro"}
-POWERS = {(micro, macro): SHARED.get((micro, macro), f"power-{micro:g}-{macro:g}") for micro in GRID for macro in GRID}
-FIXED = {"fixed-0.1": 0.1, "fixed-0.4": 0.4}  # clip radii without elasticity: a gain that these show too is not ETR's
-FORMS = {  # other readings of "scaled by advantage magnitude" and "group variance": factor on the radius, from A_hat and p
-    "tanh": lambda A, p: torch.tanh(A.abs()) / 0.76 * (p * (1 - p) / 0.18).sqrt(),
-    "only-wider": lambda A, p: 1 + 0.5 * A.abs() + 0.5 * 4 * p * (1 - p),
-    "right-only": lambda A, p: torch.where(A > 0, A.abs() * (p * (1 - p) / 0.18).sqrt(), 1.0),
-}
-WIDE = "etr-0.4"  # ETR with fixed-0.4's mean squared radius; its scale is capped lower, so that the lower clip still acts
-COLORS = {"fixed-0.1": "#999999", "fixed-0.4": "#56B4E9", "tanh": "#CC79A7", "only-wider": "#CC79A7", "right-only": "#CC79A7"}
-for (micro, macro), name in POWERS.items():
-    ARMS.setdefault(name, Arm(micro, macro, 1.0, 1.0, "#CC79A7"))
-ARMS[WIDE] = Arm(1.0, 1.0, 2.0, 2.0, "#F0A070")
-ARMS.update({name: Arm(0.0, 0.0, 1.0, 1.0, color) for name, color in COLORS.items()})
-power_bounds, evaluate, surrogate_loss = train_small.clip_bounds, train_small.evaluate, etr.surrogate_loss
+# ---------- arms, stages
 
 
-def clip_bounds(args, arm, rewards, advantages):
-    if arm in FIXED:
-        radius = torch.full_like(advantages, FIXED[arm])
-    elif arm in FORMS:
-        pass_rate = rewards.mean(1, keepdim=True).expand_as(advantages)
-        radius = args.clip_low * FORMS[arm](advantages, pass_rate).clamp(max=args.scale_max)
-    elif arm == WIDE:
-        return power_bounds(argparse.Namespace(**{**vars(args), "scale_max": 2.4}), arm, rewards, advantages)
-    else:
-        return power_bounds(args, arm, rewards, advantages)
-    return radius, radius
+def fixed(factor):
+    """One radius for all: what it gains, too, is not due to elasticity."""
+    def rule(rewards, advantages, eps):
+        return [torch.full_like(advantages, factor * eps)] * 2
+    return rule
 
 
-def evaluate_at_once(args, *rest):
-    return evaluate(argparse.Namespace(**{**vars(args), "prompts_per_step": args.eval_problems}), *rest)  # 40 % faster
+def wide_etr(rewards, advantages, eps):
+    """ETR at twice eps, with a scale capped so that the lower clip still acts."""
+    budgets = etr.variance_budgets(rewards)
+    return etr.elastic_clip_bounds(advantages, budgets, 2 * eps, 2 * eps, scale_max=2.4)
 
 
-undecided = Counter()
+ts.ARMS["fixed-0.1"] = ts.Arm(fixed(0.5), "#999999")
+ts.ARMS["fixed-0.4"] = ts.Arm(fixed(2.0), "#56B4E9")
+ts.ARMS["etr-0.4"] = ts.Arm(wide_etr, "#F0A070")
 
+SETTING = "--steps=24 --eval-every=6"  # unless the stage says otherwise
+BINDING = "--steps=8 --eval-every=4 --updates-per-step=32 --clip=0.05"  # the clip decides
+LEVELS = ["grpo", "etr", "micro", "macro"]
+PAIR, FIXED = LEVELS[:2], ["fixed-0.1", "fixed-0.4"]
 
-def counting_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator=None):
-    """etr.surrogate_loss, which also counts what is clipped of the tokens that the sampling policy gave less than 0.9.
-
-    Most tokens of the task are certain, whatever the policy does; their ratio stays 1 and dilutes the clip fraction.
-    """
-    A, mask_A = advantages[:, None], mask & (advantages != 0)[:, None]
-    below, above = etr.clipped_tokens((logprobs - old_logprobs).exp(), A, low[:, None], high[:, None])
-    open_ = mask_A & (old_logprobs < np.log(0.9))
-    undecided.update(all=int(mask_A.sum()), tokens=int(open_.sum()), clipped=int(((below | above) & open_).sum()))
-    return surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator)
-
-
-train_small.clip_bounds, train_small.evaluate, etr.surrogate_loss = clip_bounds, evaluate_at_once, counting_loss
-train_small.draw = train_small.print_table = lambda *_: None  # the pictures of a single run
-
-# ------------------------------------------------------------------------------------------------------------------ runs
-
-RUNS = PLOTS.parent / "runs/evidence"
-SETTING = "--steps=24 --eval-every=6".split()
-Stage = namedtuple("Stage", "seeds arms learning_rate updates group_size", defaults=[1e-4, 16, 8])
-TUNING = [100, 101, 102, 103]
-# 256 completions a step, so 32 prompts where the group size is 8. The regime of `map` is not repeated.
-REGIMES = [(16, 8, 2e-4, 4), (16, 8, 5e-5, 4), (8, 8, 1e-4, 2), (8, 8, 2e-4, 2), (8, 8, 4e-4, 2), (32, 8, 5e-5, 2), (32, 8, 1e-4, 2),
-           (16, 16, 1e-4, 2), (16, 16, 2e-4, 2)]
+Stage = namedtuple("Stage", "label seeds arms flags")
 STAGES = {
-    "map": Stage(TUNING, [*POWERS.values(), *FORMS, *FIXED]),
-    **{f"regime-{updates}-{group_size}-{rate:g}": Stage(TUNING[:seeds], ["grpo", "etr"], rate, updates, group_size)
-       for updates, group_size, rate, seeds in REGIMES},
-    "final": Stage([*range(10)], ["grpo", "etr", "micro", "macro", "clip-higher", "fixed-0.1", "fixed-0.4", WIDE]),
-    "fast": Stage([*range(10)], ["grpo", "etr", "fixed-0.1", "fixed-0.4"], 2e-4),
+    "final": Stage("lr 1e-4", range(10), [*LEVELS, "clip-higher", *FIXED, "etr-0.4"], ""),
+    "fast": Stage("lr 2e-4", range(10), [*PAIR, *FIXED], "--learning-rate=2e-4"),
+    "binding": Stage("honest rewards", range(300, 310), LEVELS, BINDING),
+    "binding-flipped": Stage(
+        "10 % flipped", range(300, 310), LEVELS, f"{BINDING} --flip-rewards=0.1"),
 }
-
-
-def train(stage, arm, seed):
-    """One arm of one seed, from the seed's warm start, unless it is there already."""
-    out, shared = RUNS / stage / f"{arm}-{seed}", [f"warmup-seed{seed}.pt", f"before-seed{seed}.json"]
-    if (out / "results.json").exists():
-        return
-    for directory in (out, RUNS / "warm"):
-        directory.mkdir(parents=True, exist_ok=True)
-    for name in shared:
-        if (RUNS / "warm" / name).exists():
-            shutil.copy(RUNS / "warm" / name, out)
-    undecided.clear()
-    resume = ["--resume"] * (out / "config.json").exists()
-    _, _, rate, updates, group_size = STAGES[stage]
-    code = train_small.main([*SETTING, f"--learning-rate={rate}", f"--updates-per-step={updates}", f"--group-size={group_size}",
-                             f"--prompts-per-step={256 // group_size}", "--algos", arm, f"--seed={seed}", f"--out={out}", *resume])
-    if code:
-        sys.exit(code)
-    for name in shared:
-        shutil.copy(out / name, RUNS / "warm")
-    (out / "undecided.json").write_text(json.dumps(undecided))
-
-
-def sample_16(arm, seed):
-    """pass@1 to pass@16 of a finished model on the test problems, for the figure of pass@k."""
-    out = RUNS / "final" / f"{arm}-{seed}"
-    if not (out / "pass16.json").exists():
-        args, train_small.EVAL_SAMPLES = train_small.parse_args([*SETTING, "--out", str(out)]), 16
-        model, tokenizer = train_small.load_model(args, seed)
-        model = type(model).from_pretrained(out / f"{arm}-seed{seed}" / "model").eval()
-        test = train_small.encode(args, tokenizer, train_small.load_problems(args)["test"])
-        (out / "pass16.json").write_text(json.dumps(evaluate_at_once(args, seed, model, tokenizer, test)["passk"]))
-        train_small.EVAL_SAMPLES = 8
+MAIN, CLIPPED = list(STAGES)[:2], list(STAGES)[2:]
 
 
 def run(only=None, first=0, last=None):
-    for name, stage in STAGES.items():
-        for seed in stage.seeds[int(first):last and int(last)] if name == (only or name) else ():
-            for arm in stage.arms:
-                train(name, arm, seed)
-    if only in (None, "samples"):
-        for seed in STAGES["final"].seeds[int(first):last and int(last)]:
-            sample_16("grpo", seed)
-            sample_16("etr", seed)
+    """Trains all arms of each stage and seed that have no results yet."""
+    for name in [only] if only else STAGES:
+        _, seeds, arms, flags = STAGES[name]
+        for seed in seeds[int(first):last and int(last)]:
+            out = RUNS / f"{name}-seed{seed}"
+            if not (out / "results.json").exists():
+                given = f"{SETTING} {flags} --seed={seed} --resume".split()
+                if ts.main([*given, f"--out={out}", "--algos", *arms]):
+                    sys.exit(1)
 
 
-# ------------------------------------------------------------------------------------------------------------------- csv
-
-def save_csv(name, rows):
-    short = lambda value: f"{value:.5g}" if isinstance(value, float) else value
-    with open(PLOTS / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: short(value) for key, value in row.items()} for row in rows)
+# ---------- csv
 
 
-def load_csv(name):
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    with open(PLOTS / f"{name}.csv", newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+def load(name):
+    path = PLOTS / f"{name}.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["stage", "arm", "seed"])
+
+
+def merge(name, frames):
+    """Adds rows to a csv, in place of those of the same runs."""
+    if not frames:
+        return
+    old, new = load(name), pd.concat(frames)
+    keys = [key for key in ("stage", "arm", "seed") if key in new]
+    stale = old.set_index(keys).index.isin(new.set_index(keys).index)
+    rows = pd.concat([old[~stale], new]) if len(old) else new
+    rows.to_csv(PLOTS / f"{name}.csv", index=False, float_format="%.5g")
+
+
+def read_runs(folder):
+    """Yields (arm, seed, metrics by step)."""
+    for path in sorted(Path(folder).glob("*-seed*/metrics.jsonl")):
+        arm, seed = path.parent.name.split("-seed")
+        if arm in ts.ARMS:
+            yield arm, int(seed), pd.read_json(path, lines=True).set_index("step")
+
+
+def end_of(run):
+    """Accuracy before, after and on the way; means over the steps."""
+    accuracy = run.eval_pass1.dropna()
+    row = dict(auc=np.trapezoid(accuracy, accuracy.index) / accuracy.index[-1])
+    for name in ("pass1", "greedy", "passk"):
+        row[f"{name}_before"], row[f"{name}_after"] = run[f"test_{name}"].dropna()
+    for name in ("reward_mean", "clip_fraction", "approx_kl", "frac_reward_zero_std"):
+        row[name] = run[name][1:].mean()
+    return row | dict(entropy=run.entropy[-5:].mean(), seconds=run.seconds[1:].sum())
+
+
+def classes_of(run):
+    """The sums of `by_correct` for groups with k = 1..7 right of 8."""
+    sums = {name: np.sum([by[name] for by in run.by_correct[1:]], 0)[1:-1]
+            for name in ts.BY_CORRECT if name != "ratio"}
+    return pd.DataFrame(sums).assign(k=range(1, 8))
+
+
+def curve_of(run):
+    """A row per evaluation: accuracy, and means over the steps since the one before."""
+    accuracy, names = run.eval_pass1.dropna(), ["reward_mean", "entropy"]
+    means = run[names].groupby(lambda step: min(accuracy.index[accuracy.index >= step])).mean()
+    means.loc[0] = run.loc[1, names]  # the first rollouts are the warm start's
+    return means.assign(pass1=accuracy).reset_index()
 
 
 def collect():
-    ends, curves, classes = [], [], []
-    mean = lambda lines, name: float(np.mean([line[name] for line in lines]))
-    for stage, arm, seed in [(name, arm, seed) for name, stage in STAGES.items() for seed in stage.seeds for arm in stage.arms]:
-        out = RUNS / stage / f"{arm}-{seed}"
-        if not (out / "results.json").exists():
-            print(f"{out}: not run")
-            continue
-        result = json.loads((out / "results.json").read_text())["arms"][arm][0]
-        lines, counts = train_small.load_runs(out)[arm][seed], json.loads((out / "undecided.json").read_text())
-        at = [line["step"] for line in lines if "eval_pass1" in line]
-        sums = {name: np.sum([line["by_correct"][name] for line in lines[1:]], 0)[1:-1] for name in train_small.BY_CORRECT}
-        tokens = sums["tokens_right"] + sums["tokens_wrong"]  # of informative groups, once per update
-        passk = json.loads((out / "pass16.json").read_text()) if (out / "pass16.json").exists() else []
-        ends.append(dict(
-            stage=stage, arm=arm, seed=seed,
-            # area under the validation pass@1 curve divided by its length: the mean accuracy on the way
-            auc=float(np.trapezoid([lines[step]["eval_pass1"] for step in at], at)) / at[-1],
-            **{name: result[name] for name in ("pass1_before", "pass1_after", "greedy_before", "greedy_after", "passk_before",
-                                            "passk_after")},
-            **{name: mean(lines[1:], name) for name in ("reward_mean", "clip_fraction", "approx_kl", "frac_reward_zero_std",
-                                                        "completion_length_mean")},
-            entropy=mean(lines[-5:], "entropy"), undecided=counts["tokens"] / counts["all"],
-            undecided_clipped=counts["clipped"] / counts["tokens"],
-            radius=float((sums["radius_squared"].sum() / tokens.sum())**0.5),  # root mean square on the side that acts
-            seconds=result["seconds"], pass_1_to_16=" ".join(f"{value:.4f}" for value in passk)))
-        if stage in ("final", "fast"):
-            for last, step in zip([0, *at], at):
-                window = lines[last + 1:step + 1] or lines[:1]  # the steps since the last evaluation
-                curves.append(dict(stage=stage, arm=arm, seed=seed, step=step, pass1=lines[step]["eval_pass1"],
-                                   **{name: mean(window, name) for name in ("reward_mean", "entropy")}))
-        if stage == "final":
-            classes += [dict(arm=arm, seed=seed, k=k + 1, **{name: float(values[k]) for name, values in sums.items()})
-                        for k in range(len(tokens))]
-    for name, rows in (("ends", ends), ("curves", curves), ("classes", classes)):
-        save_csv(name, rows)
+    csv = dict(ends=[], curves=[], classes=[])
+    for folder in sorted(path.parent for path in RUNS.glob("*/results.json")):
+        stage = folder.name.rpartition("-seed")[0]
+        for arm, seed, run in read_runs(folder):
+            about = dict(stage=stage, arm=arm, seed=seed)
+            csv["ends"].append(pd.DataFrame([about | end_of(run)]))
+            csv["curves"].append(curve_of(run).assign(**about))
+            if stage == "final":
+                csv["classes"].append(classes_of(run).assign(arm=arm, seed=seed))
+    for name, frames in csv.items():
+        merge(name, frames)
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
-
-GREY = "#555555"
-
-
-def interval(values):
-    """(mean, half-width of its 95 % t-interval)."""
-    _, mean, half = train_small.mean_and_band([{0: value} for value in values])
-    return float(mean[0]), float(half[0])
+def collect_gsm8k(*folders):
+    merge("gsm8k", [
+        run.drop(columns=["by_correct", "eval_passk_curve", "test_passk_curve"])
+        .reset_index().assign(arm=arm, seed=seed)
+        for folder in folders for arm, seed, run in read_runs(folder)])
 
 
-def rate(stage):
-    return f"{STAGES[stage].learning_rate:.0e}".replace("e-0", "e-")
+# ---------- numbers
 
 
-def column(rows, arm, name):
-    return {row["seed"]: row[name] for row in rows if row["arm"] == arm}
+def values(arm, name, stage="final", source="ends"):
+    rows = load(source).query("stage == @stage and arm == @arm")
+    return rows.set_index("seed")[name]
 
 
-def paired(rows, arm, name, base="grpo"):
-    """Difference between two arms in points (hundredths), one per seed."""
-    ours, theirs = column(rows, arm, name), column(rows, base, name)
-    return [100 * (ours[seed] - theirs[seed]) for seed in ours]
+def paired(arm, name, stage="final", source="ends"):
+    """Differences from GRPO in points, one per seed."""
+    ours, theirs = (values(arm, name, stage, source) for arm in (arm, "grpo"))
+    return (100 * (ours - theirs)).dropna()
 
 
-def difference(*args):
-    """(mean, half-width) of the paired difference."""
-    return interval(paired(*args))
+def interval(numbers):
+    """The mean and the half-width of its 95 % t-interval."""
+    _, mean, half = ts.mean_and_band([{0: number} for number in numbers])
+    return mean[0], half[0]
 
 
-def say(mean, half, unit=" points"):
-    return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}{unit}".replace("-", "−")
+def say(numbers):
+    mean, half = interval(numbers)
+    return f"{round(mean, 1) + 0.0:+.1f} ± {half:.1f}".replace("-", "−")
 
 
-def label_ends(axis, ends):
-    """Names lines at their right ends, {arm: (x, y)}, beyond the last of them and pushed apart where ends meet."""
-    bottom, top = axis.get_ylim()
-    at, edge, apart = [], max(x for x, _ in ends.values()), 0.07 * (top - bottom)
-    ordered = sorted(ends.items(), key=lambda item: item[1][1])
-    for _, (_, y) in ordered:
-        at.append(max(y, at[-1] + apart) if at else y)
-    for i in range(len(at) - 1, -1, -1):  # and back below the upper edge
-        at[i] = min(at[i], top - apart / 2 - apart * (len(at) - 1 - i))
-    for (arm, (x, y)), height in zip(ordered, at):
-        if x < edge:
-            axis.plot([x, edge], [y, height], color=ARMS[arm].color, lw=1, ls=":")
-        axis.annotate(arm, (edge, height), xytext=(7, 0), textcoords="offset points", color=ARMS[arm].color, fontsize=13,
-                      weight="bold", va="center", annotation_clip=False)
+def gap(*args, **named):
+    return say(paired(*args, **named))
+
+
+def series(rows, x, y, arms=PAIR):
+    """{arm: one {x: y} per seed}"""
+    rows = rows.dropna(subset=[x, y])
+    return {
+        arm: [dict(zip(run[x], run[y])) for _, run in rows[rows.arm == arm].groupby("seed")]
+        for arm in arms}
+
+
+def entropy_gap(stage):
+    """ETR's minus GRPO's at the best accuracy that both reach, in millinats."""
+    gaps = []
+    for _, run in load("curves").query("stage == @stage").groupby("seed"):
+        paths, found = [run[run.arm == arm] for arm in PAIR], []
+        accuracy = min(path.reward_mean.max() for path in paths)
+        for path in paths:  # where it first gets there
+            first = path.index[path.reward_mean >= accuracy][0]
+            near = path.loc[:first][-2:]
+            found.append(np.interp(accuracy, near.reward_mean, near.entropy))
+        gaps.append(1000 * (found[1] - found[0]))
+    return say(gaps)
+
+
+def middle_gap(name):
+    """ETR's minus GRPO's share in groups with 3 to 5 right of 8, in points."""
+    rows, run = load("classes"), ["arm", "seed"]
+    middle = rows[rows.k.between(3, 5)].groupby(run)[name].sum()
+    share = 100 * middle / rows.groupby(run)[name].sum()
+    return say(share["etr"] - share["grpo"])
+
+
+# ---------- texts
+
+MEASURES = {"pass1_after": "pass@1", "auc": "mean pass@1 on the way",
+            "greedy_after": "greedy", "passk_after": "pass@8"}
+
+
+def table(stage, arms):
+    """Markdown: GRPO, and points against it."""
+    lines = [["arm", "setting", *MEASURES.values()], ["---"] * 6]
+    for arm in arms:
+        cells = [gap(arm, name, stage) for name in MEASURES]
+        if arm == "grpo":
+            cells = [f"{values(arm, name, stage).mean():.3f}" for name in MEASURES]
+        lines.append([arm, STAGES[stage].label, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables():
+    found = load("ends").stage.unique()
+    return [table(stage, STAGES[stage].arms) for stage in STAGES if stage in found]
+
+
+def print_tables():
+    print(*tables(), sep="\n\n")
+
+
+def at_the_end(stage, arms):
+    return ", ".join(f"{arm} {gap(arm, 'pass1_after', stage)}" for arm in arms)
+
+
+def on_the_way():
+    return f"{gap('etr', 'auc')} points at 1e-4, {gap('etr', 'auc', 'fast')} at 2e-4"
+
+
+def sentences():
+    """What the READMEs say in words, every number computed from the csv."""
+    first, again = (paired("etr", "pass1_after", source=name) for name in ("ends", "again"))
+    clipped = 100 * values("grpo", "clip_fraction").mean()
+    return [
+        at_the_end("final", [*LEVELS[1:], *FIXED, "etr-0.4"]), on_the_way(),
+        f"{entropy_gap('final')} and {entropy_gap('fast')} thousandths of a nat",
+        f"{middle_gap('radius_squared')} points of the budget",
+        f"{middle_gap('kl')} points of the KL spent",
+        f"the second series has {say(again)}",
+        f"a correlation of {first.corr(again):.2f}", f"clips {clipped:.1f} % of all tokens"]
+
+
+def check():
+    """Exits if a README has another number than the csv, or lacks it."""
+    texts = [(folder / "README.md").read_text() for folder in (ROOT, PLOTS)]
+    text = " ".join(" ".join(texts).split())
+    number = r"(?<![-\w])[+−]?\d+\.\d+"
+    lines = [line for table in tables() for line in table.splitlines()[2:]]
+    for wanted in lines + sentences():
+        alike = number.join(map(re.escape, re.split(number, wanted)))
+        for said in re.findall(alike, text) or ["nothing like it"]:
+            if said != wanted:
+                sys.exit(f"READMEs: expected {wanted!r}, as the csv says, got {said!r}")
+
+
+# ---------- pictures
 
 
 def save(figure, name, title, caption):
-    figure.suptitle(title, fontsize=16, weight="bold")
-    figure.supxlabel(caption, fontsize=13, color=GREY)
+    figure.suptitle(title, fontsize=15, weight="bold")
+    figure.supxlabel(caption, fontsize=12, color="#555555")
     figure.savefig(PLOTS / f"{name}.png", dpi=110)
-    plt.close(figure)
 
 
-def band(axis, arm, curves):
-    """Draws the mean and its 95 % band of one {x: y} per seed; returns the end of the line."""
-    x, mean, half = train_small.mean_and_band(curves)
-    axis.plot(x, mean, color=ARMS[arm].color, lw=2.5)
-    axis.fill_between(x, mean - half, mean + half, color=ARMS[arm].color, alpha=0.18, lw=0)
-    return x[-1], mean[-1]
+def draw_lines(name, title, caption, panels):
+    """panels: (curves of `series`, title, label of x, label of y), two in a row."""
+    half = len(panels) // 2
+    figure = Figure(figsize=(11, 0.4 + 4.4 * half), layout="constrained")
+    for axis, panel in zip(figure.subplots(half, 2).flat, panels):
+        ts.panel(axis, *panel)
+    save(figure, name, title, caption)
 
 
-def over(rows, arm, x, y):
-    """One {x: y} per seed."""
-    curves = {}
-    for row in rows:
-        if row["arm"] == arm:
-            curves.setdefault(row["seed"], {})[row[x]] = row[y]
-    return list(curves.values())
+def draw_dots(name, title, caption, arms, panels):
+    """Paired differences from GRPO; panels: (title, measure, stage if not final)."""
+    figure = Figure(figsize=(11, 1.8 + 0.8 * len(arms)), layout="constrained")
+    for axis, (head, *where) in zip(figure.subplots(1, len(panels)), panels):
+        for y, arm in enumerate(arms):
+            gaps, color = paired(arm, *where), ts.ARMS[arm].color
+            mean, half = interval(gaps)
+            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, ms=8, lw=2.5, capsize=4)
+            axis.annotate(
+                say(gaps), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center",
+                fontsize=13, color=color, bbox=dict(fc="white", ec="none", pad=1))
+        axis.axvline(0, color="#000000", lw=1)
+        axis.margins(x=0.2)
+        axis.set(title=head, xlabel="points against GRPO")
+        axis.set_yticks(range(len(arms)), arms)
+        axis.set_ylim(len(arms) - 0.5, -0.6)
+        axis.label_outer()
+    save(figure, name, title, caption)
 
 
-def dots(axis, entries, name, title):
-    """Paired differences from GRPO with their intervals; entries: (label, rows, arm)."""
-    gaps = [difference(rows, arm, name) for _, rows, arm in entries]
-    for y, ((mean, half), (_, _, arm)) in enumerate(zip(gaps, entries)):
-        axis.errorbar(mean, y, xerr=half, fmt="o", color=ARMS[arm].color, ms=8, lw=2.5, capsize=4)
-        axis.annotate(say(mean, half, ""), (mean, y), xytext=(0, 10), textcoords="offset points", ha="center", fontsize=13,
-                      color=ARMS[arm].color, bbox=dict(fc="white", ec="none", pad=1))
-    axis.axvline(0, color="#000000", lw=1)
-    axis.margins(x=0.2)
-    panel(axis, title, "points against GRPO", "")
-    axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
-    axis.set_ylim(len(entries) - 0.5, -0.6)
+ENTROPY = "entropy (nats per token)"
+BANDS = "95 % t-intervals: bands of the mean, title of the paired difference"
 
 
-def draw_curves(stage, curves):
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    for pair, name in zip(axes, ("final", "fast")):
-        for axis, y, ylabel in zip(pair, ("pass1", "entropy"), ("held-out pass@1", "entropy (nats per token)")):
-            part = [row for row in curves if row["stage"] == name]
-            ends = {arm: band(axis, arm, over(part, arm, "step", y)) for arm in ("grpo", "etr")}
-            panel(axis, f"learning rate {rate(name)}", "step (rollout batch of 256)", ylabel)
-            label_ends(axis, ends)
-    gaps = (say(*difference(stage[name], "etr", "auc"), "") for name in ("final", "fast"))
-    save(figure, "curves", f"ETR against GRPO, mean pass@1 on the way: {' and '.join(gaps)} points",
-         f"{len(column(stage['final'], 'etr', 'auc'))} paired seeds, 95 % t-intervals: bands of the mean (warm starts differ), "
-         "title of the paired difference")
+def draw_curves():
+    panels = []
+    for stage in MAIN:
+        rows, label = load("curves").query("stage == @stage"), STAGES[stage].label
+        panels.append((series(rows, "step", "pass1"), label, "step", "held-out pass@1"))
+        panels.append((series(rows, "step", "entropy"), label, "step", ENTROPY))
+    draw_lines(
+        "curves", f"ETR against GRPO, mean pass@1 on the way: {on_the_way()}",
+        f"ten paired seeds, each with its own warm start; {BANDS}", panels)
 
 
-def draw_differences(stage):
-    entries = [*((arm, stage["final"], arm) for arm in STAGES["final"].arms[1:]),
-               (f"etr, lr {rate('fast')}", stage["fast"], "etr")]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 8), sharey=True, layout="constrained")
-    titles = dict(auc="mean pass@1 on the way", pass1_after="pass@1 at the end", greedy_after="greedy at the end")
-    for axis, (name, title) in zip(axes, titles.items()):
-        dots(axis, entries, name, title)
-    gaps = [f"{arm} {say(*difference(stage['final'], arm, 'pass1_after'), '')}" for arm in ("etr", "fixed-0.1", "fixed-0.4")]
-    save(figure, "differences", f"pass@1: {', '.join(gaps)}",
-         f"{len(STAGES['final'].seeds)} paired seeds, lr 1e-4 unless named; 95 % t-intervals, not corrected for "
-         f"{3 * len(entries)} comparisons")
+def draw_differences():
+    arms, measures = STAGES["final"].arms[1:], ("auc", "pass1_after", "greedy_after")
+    panels = [(MEASURES[name], name) for name in measures]
+    draw_dots(
+        "differences", f"pass@1: {at_the_end('final', ['etr', *FIXED])}",
+        f"lr 1e-4; 95 % t-intervals, not corrected for {3 * len(arms)} comparisons", arms, panels)
 
 
-def entropy_at(path, level):
-    """Entropy where a run's accuracy first reaches `level`; path: its (accuracy, entropy) windows."""
-    i = max(1, next(i for i, (accuracy, _) in enumerate(path) if accuracy >= level))
-    return float(np.interp(level, *zip(path[i - 1], path[i])))
+def draw_binding():
+    clean, flipped = (at_the_end(stage, LEVELS[1:]) for stage in CLIPPED)
+    draw_dots(
+        "binding", f"pass@1, clean: {clean}\nflipped: {flipped}",
+        "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten paired seeds",
+        LEVELS[1:], [(STAGES[stage].label, "pass1_after", stage) for stage in CLIPPED])
 
 
-def draw_trade(curves):
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-    titles = []
-    for axis, stage in zip(axes, ("final", "fast")):
-        path = {arm: {} for arm in ("grpo", "etr", "fixed-0.4")}
-        for row in curves:
-            if row["stage"] == stage and row["arm"] in path:
-                path[row["arm"]].setdefault(row["seed"], []).append((row["reward_mean"], row["entropy"]))
-        means = {arm: np.mean(list(runs.values()), 0) for arm, runs in path.items()}
-        for arm, mean in means.items():
-            axis.plot(*mean.T, "o-", color=ARMS[arm].color, lw=2.5, ms=6)
-        panel(axis, f"learning rate {rate(stage)}", "accuracy of the rollouts", "entropy (nats per token)")
-        label_ends(axis, {arm: tuple(mean[-1]) for arm, mean in means.items()})
-        gaps = []
-        for grpo, ours in zip(path["grpo"].values(), path["etr"].values()):
-            level = min(max(grpo)[0], max(ours)[0])  # the best accuracy that both reach
-            gaps.append(1000 * (entropy_at(ours, level) - entropy_at(grpo, level)))
-        titles.append(say(*interval(gaps), ""))
-    save(figure, "trade", f"Entropy at equal accuracy, ETR against GRPO: {titles[0]} and {titles[1]} millinats",
-         f"warm start and means of 6 steps, over {len(gaps)} paired seeds; title: at the best accuracy both reach, 95 % t")
+def draw_trade():
+    panels = []
+    for stage in MAIN:
+        rows = load("curves").query("stage == @stage")
+        rows = rows.groupby(["arm", "step"], as_index=False).mean(numeric_only=True)
+        curves = series(rows, "reward_mean", "entropy", [*PAIR, FIXED[1]])
+        panels.append((curves, STAGES[stage].label, "accuracy of the rollouts", ENTROPY))
+    gaps = " and ".join(map(entropy_gap, MAIN))
+    draw_lines(
+        "trade", f"Entropy at equal accuracy, ETR against GRPO: {gaps} millinats",
+        "title: at the best accuracy that both reach, 95 % t-interval", panels)
 
 
-def draw_pass_at_k(rows):
-    curve = lambda arm: {seed: np.array(text.split(), float) for seed, text in column(rows, arm, "pass_1_to_16").items() if text}
-    grpo, ks = curve("grpo"), range(1, 17)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    ends, gaps = {}, {}
-    for arm in ("grpo", "etr"):
-        curves = curve(arm)
-        ends[arm] = band(axes[0], arm, [dict(zip(ks, values)) for values in curves.values()])
-        if arm != "grpo":
-            gaps[arm] = band(axes[1], arm, [dict(zip(ks, 100 * (values - grpo[seed]))) for seed, values in curves.items()])
-    axes[0].set_ylim(0, 1)
-    axes[1].axhline(0, color="#000000", lw=1)
-    for axis in axes:
-        axis.set_xticks((1, 4, 8, 12, 16))
-    panel(axes[0], "After training", "k samples", "pass@k")
-    panel(axes[1], "Paired difference", "k samples", "points against GRPO")
-    label_ends(axes[0], ends)
-    label_ends(axes[1], gaps)
-    gap = interval([100 * (values[-1] - grpo[seed][-1]) for seed, values in curve("etr").items()])
-    save(figure, "pass_at_k", f"ETR against GRPO: {say(*gap)} of pass@16",
-         f"learning rate 1e-4, {len(grpo)} paired seeds, 200 test problems, 16 samples of each, bands: 95 % t-interval")
+def draw_mechanism():
+    rows = load("classes")
+    rows["rate"] = rows.k / 8
+    tokens = rows.tokens_right + rows.tokens_wrong
+    panels = [
+        (100 * rows.clipped_right / rows.tokens_right, "Right, clipped above", "tokens (%)"),
+        (100 * rows.clipped_wrong / rows.tokens_wrong, "Wrong, clipped below", "tokens (%)"),
+        (rows.radius_squared / tokens, "The budget", "mean squared radius"),
+        (1000 * rows.kl / tokens, "The KL spent", "KL (1e-3 nats per token)")]
+    budget, kl = middle_gap("radius_squared"), middle_gap("kl")
+    draw_lines(
+        "mechanism", f"ETR at pass rates 3/8 to 5/8: {budget} points of budget, {kl} of KL",
+        f"shares in all groups, ten paired seeds; {BANDS}",
+        [(series(rows.assign(y=y), "rate", "y"), title, "pass rate of the group, k/G", ylabel)
+         for y, title, ylabel in panels])
 
 
-def draw_mechanism(classes):
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    ks = sorted({row["k"] for row in classes})
-    table = lambda arm, name: np.array([row[name] for row in classes if row["arm"] == arm]).reshape(-1, len(ks))  # (seeds, k)
-    ends, share = [{}, {}, {}, {}], {}
-    for arm in ("grpo", "etr"):
-        tokens = table(arm, "tokens_right") + table(arm, "tokens_wrong")
-        values = [*(100 * table(arm, f"clipped_{kind}") / table(arm, f"tokens_{kind}") for kind in ("right", "wrong")),
-                  table(arm, "radius_squared") / tokens, 1000 * table(arm, "kl") / tokens]
-        for axis, end, by_seed in zip(axes.flat, ends, values):
-            end[arm] = band(axis, arm, [dict(zip(np.array(ks) / (len(ks) + 1), row)) for row in by_seed])
-        for name in ("radius_squared", "kl"):  # of the groups with pass rates from 3/8 to 5/8
-            share[arm, name] = 100 * (table(arm, name)[:, 2:5].sum(1) / table(arm, name).sum(1))
-    titles = ("Right answers, clipped above", "tokens (%)"), ("Wrong answers, clipped below", "tokens (%)"), (
-        "Allowed: squared radius", "mean squared radius"), ("Spent: KL to the sampling policy", "KL (1e-3 nats per token)")
-    for axis, end, (title, ylabel) in zip(axes.flat, ends, titles):
-        panel(axis, title, "pass rate of the group, k/G", ylabel)
-        axis.set_ylim(0)
-        label_ends(axis, end)
-    budget, kl = (say(*interval(share["etr", name] - share["grpo", name])) for name in ("radius_squared", "kl"))
-    save(figure, "mechanism",
-         f"ETR at pass rates 3/8 to 5/8: share of budget {budget}, of KL {kl}",
-         f"{len(tokens)} paired seeds, all updates; 95 % t-intervals: bands of the mean, title of the difference from GRPO")
-
-
-def draw_map(rows):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-    gaps = {arm: difference(rows, arm, "auc") for arm in STAGES["map"].arms}
-    cells = np.array([[gaps[POWERS[micro, macro]][0] for micro in GRID] for macro in GRID])
-    left.imshow(cells, cmap="PuOr", vmin=-2, vmax=2, origin="lower")
-    for y, x in np.ndindex(3, 3):
-        left.text(x, y, say(*gaps[POWERS[GRID[x], GRID[y]]], "") if x or y else "GRPO", ha="center", va="center", fontsize=13)
-    panel(left, "Power form", "micro elasticity", "macro elasticity")
-    left.grid(False)
-    left.set_xticks(range(3), GRID)
-    left.set_yticks(range(3), GRID)
-    others = [*FORMS, *FIXED]
-    dots(right, [(arm, rows, arm) for arm in others], "auc", "Other forms and fixed radii")
-    clear = [arm for arm in POWERS.values() if gaps[arm][0] > gaps[arm][1]]
-    save(figure, "map", f"{len(clear)} of 8 elasticities are ahead of GRPO beyond the noise of {len(TUNING)} tuning seeds",
-         f"mean pass@1 on the way, points against GRPO, 95 % t-intervals over {len(TUNING)} paired tuning seeds")
-
-
-def draw_regimes(stage):
-    """ETR against GRPO in each regime, beside how far GRPO comes there."""
-    names = ["map", *(name for name in STAGES if name.startswith("regime"))]
-    names.sort(key=lambda name: (STAGES[name].group_size, STAGES[name].updates, STAGES[name].learning_rate))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.5), sharey=True, layout="constrained")
-    ahead = 0
-    for y, name in enumerate(names):
-        grpo, gaps = list(column(stage[name], "grpo", "auc").values()), paired(stage[name], "etr", "auc")
-        ahead += min(gaps) > 0
-        for axis, values, color in ((left, grpo, ARMS["grpo"].color), (right, gaps, ARMS["etr"].color)):
-            axis.plot(values, [y] * len(values), "o", color=color, ms=8, alpha=0.6)
-            axis.plot(np.mean(values), y, "|", color=color, ms=22, mew=3)
-    right.axvline(0, color="#000000", lw=1)
-    panel(left, "GRPO", "mean pass@1 on the way", "")
-    panel(right, "ETR", "points against GRPO", "")
-    labels = [f"{STAGES[name].updates} updates, G = {STAGES[name].group_size}, lr {rate(name)}" for name in names]
-    left.set_yticks(range(len(names)), labels)
-    left.set_ylim(len(names) - 0.5, -0.5)
-    chance = sum(0.5 ** len(STAGES[name].seeds) for name in names)
-    save(figure, "regimes", f"ETR is ahead of GRPO on each tuning seed in {ahead} of {len(names)} regimes",
-         f"one dot per tuning seed, bar: their mean; if nothing differed, {chance:.0f} of {len(names)} would be expected")
-
-
-def print_table(stage):
-    """The README's table of results."""
-    print("| arm | learning rate | pass@1 | mean pass@1 on the way | greedy | pass@8 |\n|---|---|---|---|---|---|")
-    lines = [(name, arm, "grpo") for name in ("final", "fast") for arm in STAGES[name].arms]
-    for name, arm, base in [*lines, ("final", WIDE, "fixed-0.4")]:
-        values = ("pass1_after", "auc", "greedy_after", "passk_after")
-        cells = [f"{np.mean(list(column(stage[name], arm, value).values())):.3f}" if arm == "grpo" else
-                 say(*difference(stage[name], arm, value, base), "") for value in values]
-        label = f"{arm}, absolute" if arm == "grpo" else arm if base == "grpo" else f"{arm} against {base}"
-        print(f"| {label} | {rate(name)} | {' | '.join(cells)} |")
+def draw_gsm8k():
+    rows = load("gsm8k")
+    ends = rows.dropna(subset="eval_pass1").groupby(["arm", "seed"]).eval_pass1
+    after = ends.last().groupby("arm").mean()
+    draw_lines(
+        "gsm8k", f"GSM8K, pass@1 from {ends.first().mean():.3f} to grpo {after.grpo:.3f}, "
+        f"etr {after.etr:.3f}",
+        f"bands: 95 % t-interval over seeds ({rows.seed.nunique()})",
+        [(series(rows, "step", "eval_pass1"), "Held-out accuracy", "step", "pass@1"),
+         (series(rows, "step", "entropy"), "Entropy", "step", ENTROPY)])
 
 
 def draw():
-    rows, curves, classes = load_csv("ends"), load_csv("curves"), load_csv("classes")
-    stage = {name: [row for row in rows if row["stage"] == name] for name in STAGES}
-    draw_curves(stage, curves)
-    draw_differences(stage)
-    draw_trade(curves)
-    draw_pass_at_k(stage["final"])
-    draw_mechanism(classes)
-    draw_map(stage["map"])
-    draw_regimes(stage)
-    print_table(stage)
+    stages = {*load("ends").stage}
+    if {*MAIN} <= stages:
+        for picture in (draw_curves, draw_differences, draw_trade, draw_mechanism):
+            picture()
+    if {*CLIPPED} <= stages:
+        draw_binding()
+    if len(load("gsm8k")):
+        draw_gsm8k()
 
+
+COMMANDS = dict(
+    all=[run, collect, draw], run=[run], collect=[collect], gsm8k=[collect_gsm8k],
+    tables=[print_tables], draw=[check, draw], pictures=[draw])
 
 if __name__ == "__main__":
-    command = (sys.argv[1:] or [None])[0]
-    if command not in ("all", "run", "collect", "draw"):
+    command, *rest = sys.argv[1:] or [""]
+    if command not in COMMANDS:
         sys.exit(__doc__)
-    if command in ("all", "run"):
-        run(*sys.argv[2:])
-    if command in ("all", "collect"):
-        collect()
-    if command in ("all", "draw"):
-        draw()
+    for step in COMMANDS[command]:
+        step(*rest)
