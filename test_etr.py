@@ -9,6 +9,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -816,6 +817,24 @@ def test_a_bar_in_a_log_prints_at_most_a_line_every_half_minute(monkeypatch, cap
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
     ts.train(tmp_path, torch.nn.Linear(1, 1), range(100), 1000, lambda *_: ({}, ""))
     assert 1 <= capsys.readouterr().err.count("\r") <= next(clock) / 30 + 1  # the last, and 100 %
+
+
+def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(tmp_path):
+    here = Path(__file__).resolve().parent
+    text = (here / "README.md").read_text() + (here / "plots/README.md").read_text()
+    commands = re.findall(r"python train_small\.py([^`\n|]*)", text)
+    assert len(commands) >= 4
+    for command in commands:
+        ts.parse_args(command.split())
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (here / path).exists() or (here / "plots" / path).exists(), path
+    shutil.copytree(here, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", ".*"))
+    draw = [sys.executable, tmp_path / "copy/plots/evidence.py", "draw"]
+    subprocess.run(draw, check=True)
+    readme = tmp_path / "copy/README.md"
+    readme.write_text(readme.read_text().replace("+0.1 ± 0.7 points", "+0.2 ± 0.7 points"))
+    refused = subprocess.run(draw, capture_output=True, text=True)
+    assert refused.returncode == 1 and "as the csv says" in refused.stderr
 
 
 # ---- the verifier

@@ -8,8 +8,8 @@
     python plots/evidence.py draw               plots/*.csv -> plots/*.png
     python plots/evidence.py pictures           the same, for runs of your own
 
-`draw` refuses if a number in the READMEs is not what the csv says. A stage and a seed are one
-run of train_small.py, a minute an arm on one core.
+`draw` refuses a number in the READMEs that is not the csv's. A stage and a seed are one
+run, a minute an arm on one core.
 """
 
 import re
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import etr
 import train_small as ts
 
-# ---------- arms, stages
+# - arms, stages
 
 
 def fixed(factor):
@@ -77,7 +77,7 @@ def run(only=None, first=0, last=None):
                     sys.exit(1)
 
 
-# ---------- csv
+# - csv
 
 
 def load(name):
@@ -151,7 +151,7 @@ def collect_gsm8k(*folders):
         for folder in folders for arm, seed, run in read_runs(folder)])
 
 
-# ---------- numbers
+# - numbers
 
 
 def values(arm, name, stage="final", source="ends"):
@@ -210,7 +210,7 @@ def middle_gap(name):
     return say(share["etr"] - share["grpo"])
 
 
-# ---------- texts
+# - texts
 
 MEASURES = {"pass1_after": "pass@1", "auc": "mean pass@1 on the way",
             "greedy_after": "greedy", "passk_after": "pass@8"}
@@ -254,7 +254,8 @@ def sentences():
         f"{middle_gap('radius_squared')} points of the budget",
         f"{middle_gap('kl')} points of the KL spent",
         f"the second series has {say(again)}",
-        f"a correlation of {first.corr(again):.2f}", f"clips {clipped:.1f} % of all tokens"]
+        f"a correlation of {first.corr(again):.2f}", f"clips {clipped:.1f} % of all tokens",
+        *(f"{STAGES[name].label}: {at_the_end(name, LEVELS[1:])}" for name in CLIPPED)]
 
 
 def check():
@@ -270,7 +271,7 @@ def check():
                 sys.exit(f"READMEs: expected {wanted!r}, as the csv says, got {said!r}")
 
 
-# ---------- pictures
+# - pictures
 
 
 def save(figure, name, title, caption):
@@ -335,7 +336,7 @@ def draw_binding():
     clean, flipped = (at_the_end(stage, LEVELS[1:]) for stage in CLIPPED)
     draw_dots(
         "binding", f"pass@1, clean: {clean}\nflipped: {flipped}",
-        "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten paired seeds",
+        "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten seeds",
         LEVELS[1:], [(STAGES[stage].label, "pass1_after", stage) for stage in CLIPPED])
 
 

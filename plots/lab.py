@@ -1,8 +1,7 @@
 """When does an elastic clip help? A laboratory of prompts whose truth is known.
 
 `python plots/lab.py` makes csv and png in 6 minutes of one core, `... draw` png from csv.
-A prompt is a softmax over actions, some of them right. All of ETR comes from etr.py.
-Exact: accuracy, KL, entropy and part 1. Sampled: prompts, rollouts, verifier errors.
+A prompt is a softmax over actions, some of them right: accuracy, KL, entropy, part 1 are exact.
 Part 1, closed form: a saturated clip moves the ratio of completion i by its radius s_i, towards its
   advantage. That gains E[s a] and costs E[s^2] / 2 of KL, a being the true advantage expected from
   what the group showed; E[s a]^2 / (E[s^2] E[a^2]), the KL efficiency, is 1 at s = |a| at most, and
@@ -20,7 +19,7 @@ import torch
 PLOTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(PLOTS.parent))
 import etr
-import train_small
+from train_small import ARMS, Figure, panel
 
 GROUP, PROMPTS, SEEDS, SPREAD, ELASTIC = 8, 32, 96, (0.01, 0.99), ("ETR", "micro", "macro")
 # missed: right answers that the verifier rejects; passed: wrong ones that it accepts
@@ -187,13 +186,12 @@ def predict(batch):
         print(f"{name} {grpo[name].mean():.3f}: {gain:+.2f} points; measured {measured:+.2f}")
 
 def picture(name, title, caption, panels):
-    figure = train_small.Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     for axis, (x, lines, *labels) in zip(figure.subplots(1, len(panels)), panels):
         curves = {arm: [dict(zip(100 * x, y))] for arm, (y, _) in lines.items()}
-        train_small.panel(axis, curves, *labels)
+        panel(axis, curves, *labels)
         for arm, (y, half) in lines.items():
-            color = train_small.ARMS[arm].color
-            axis.fill_between(100 * x, y - half, y + half, color=color, alpha=0.18, lw=0)
+            axis.fill_between(100 * x, y - half, y + half, alpha=0.18, lw=0, color=ARMS[arm].color)
         axis.set_ylim(*(0.3, 1.05) if "efficiency" in labels[-1] else (-20, 32))
     figure.suptitle(title, size=17)
     figure.supxlabel(caption, size=12)
