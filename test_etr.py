@@ -739,7 +739,9 @@ def save_model(folder, template=CHATML, **config):
 
 @pytest.mark.parametrize("template, prompt, target", [
     (None, "Question: 4\nAnswer:", " 5<eos>"),
-    (CHATML, "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n", "5<|im_end|>")])
+    (CHATML, "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n", "5<|im_end|>"),
+    (CHATML.replace("t\n{% endif", "t\n<think>{% endif"),
+     "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n<think>", "5<|im_end|>")])
 def test_a_turn_ends_where_its_chat_template_ends_it(tmp_path, template, prompt, target):
     policy = ts.load_model(save_model(tmp_path, template), "cpu", 0)
     problem, = ts.encode(policy, [ts.Problem("4", "5", "5")], [])

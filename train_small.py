@@ -880,9 +880,10 @@ def train(folder, model, steps, eval_every, one_step):
     optimizer, checkpoint = make_optimizer(model), folder / "checkpoint.pt"
     lines, samples = [], ""
     if checkpoint.exists():
-        weights, moments, lines, samples = torch.load(checkpoint, map_location=model.device)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(moments)
+        with expecting(f"a whole {checkpoint}"):
+            weights, moments, lines, samples = torch.load(checkpoint, map_location=model.device)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(moments)
     folder.mkdir(exist_ok=True)
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
     bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause,

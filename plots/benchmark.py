@@ -29,7 +29,7 @@ import etr
 import train_small as ts
 
 HERE = Path(__file__).parent
-REPEATS = 5
+REPEATS = 3
 UPDATES = 4
 SMOLLM2 = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                num_attention_heads=9, num_key_value_heads=3)
