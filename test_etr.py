@@ -825,9 +825,12 @@ def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(t
     here = Path(__file__).resolve().parent
     text = (here / "README.md").read_text() + (here / "plots/README.md").read_text()
     commands = re.findall(r"python train_small\.py([^`\n|]*)", text)
-    assert len(commands) >= 4
+    assert len(commands) == 3
     for command in commands:
         ts.parse_args(command.split())
+    flags = {*re.findall(r"`(--[a-z-]+)", text)}
+    known = {*re.findall(r'add\("(--[a-z-]+)', Path(ts.__file__).read_text())}
+    assert len(flags) > 8 and flags <= known
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (here / path).exists() or (here / "plots" / path).exists(), path
     shutil.copytree(here, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", ".*"))
