@@ -329,7 +329,7 @@ def draw_differences():
     panels = [(MEASURES[name], name) for name in measures]
     draw_dots(
         "differences", f"pass@1: {at_the_end('final', ['etr', *FIXED])}",
-        f"lr 1e-4; 95 % t-intervals, not corrected for {3 * len(arms)} comparisons", arms, panels)
+        f"ten seeds; 95 % t-intervals, not corrected for {3 * len(arms)} comparisons", arms, panels)
 
 
 def draw_binding():
@@ -350,7 +350,7 @@ def draw_trade():
     gaps = " and ".join(map(entropy_gap, MAIN))
     draw_lines(
         "trade", f"Entropy at equal accuracy, ETR against GRPO: {gaps} millinats",
-        "title: at the best accuracy that both reach, 95 % t-interval", panels)
+        "ten seeds; title: at the best accuracy both reach, 95 % t", panels)
 
 
 def draw_mechanism():
