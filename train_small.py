@@ -86,6 +86,8 @@ def expecting(what):
     """Turns any error inside into one sentence."""
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):  # these have a sentence of their own
+        raise
     except Exception as error:
         got = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"expected {what}, got {got:.300}") from error
@@ -342,11 +344,6 @@ def boxes(text):
         runs[-1].append(content)
         between = part[end + 1:]
     return [", ".join(dict.fromkeys(run)) for run in runs]
-
-
-def last_boxed(text):
-    """The content of the last \\boxed{}, "" where there is none or it never ends."""
-    return (boxes(text) or [""])[-1]
 
 
 def stated_answers(task, completion):
