@@ -60,8 +60,8 @@ def _center(rewards, eps=EPS):
     _expect(rewards.dim() == 2 and rewards.shape[1] > 1,
             "rewards of shape (P, G) with G >= 2 completions per prompt", tuple(rewards.shape))
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    bad = int((~torch.isfinite(rewards)).sum())
-    _expect(bad == 0, "finite rewards", f"{bad} that are NaN or infinite",
+    bad = int((~(rewards.abs() < 1e18)).sum())  # their squares are infinite, or they are NaN
+    _expect(bad == 0, "rewards of sizes below 1e18", f"{bad} others",
             "; give failed completions a number (0 is usual)")
     # A mean rounds to the size of the rewards, so take one of them off first.
     centered = rewards - rewards[:, :1]
@@ -78,8 +78,8 @@ def group_advantages(rewards, normalize=True, eps=EPS):
     (Dr. GRPO, arXiv 2503.20783).
 
     A group whose std is at most `eps` times its largest |R| gets exactly 0: what differs
-    there is rounding. The unit does not matter: [1e-8, 0] is as informative as [1, 0],
-    and [1000, 1000.0001] is not.
+    there is rounding. The unit does not matter from 1e-18 to 1e18: [1e-8, 0] is as
+    informative as [1, 0], and [1000, 1000.0001] is not.
 
     The std is the population one (ddof 0): it makes mean(A_hat^2) = 1 in each group, on
     which budget neutrality rests. TRL and verl use ddof 1, so their |A_hat| is smaller
@@ -175,8 +175,10 @@ def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denomina
     clip_fraction = clip_fraction_low (A < 0, below its bound) + clip_fraction_high,
     ratio_mean, and approx_kl = KL(old || new) in nats, by k3 = r - 1 - log r.
     """
-    low = torch.as_tensor(low, dtype=logprobs.dtype, device=logprobs.device)
-    high = torch.as_tensor(high, dtype=logprobs.dtype, device=logprobs.device)
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bf16 rounds away a small KL
+    logprobs, old_logprobs = logprobs.to(dtype), old_logprobs.to(dtype)
+    low = torch.as_tensor(low, dtype=dtype, device=logprobs.device)
+    high = torch.as_tensor(high, dtype=dtype, device=logprobs.device)
     mask = mask.bool()
     _check_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator)
     advantages, low, high = (x.detach().reshape(-1, 1) for x in (advantages, low, high))
@@ -197,7 +199,7 @@ def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denomina
             "clip_fraction_low": below,
             "clip_fraction_high": above,
             "ratio_mean": ratio,
-            "approx_kl": ratio - 1 - log_ratio,
+            "approx_kl": log_ratio.expm1() - log_ratio,
         }
         tokens = mask.sum().clamp(min=1)
         stats = {name: (x * mask).sum() / tokens for name, x in per_token.items()}
@@ -266,8 +268,7 @@ def main(G=8, path="plots/bounds.png"):
 
 def draw(rules, G, path):
     import os
-    import matplotlib
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's may be missing here
     import matplotlib.pyplot as plt
 
     # Okabe-Ito colours, as in every picture of this project.

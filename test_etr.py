@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "plots"))
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -191,11 +193,24 @@ def test_the_log_ratio_is_clamped_to_20_before_the_exponential():
     assert gradient.isfinite().all() and stats.isfinite().all()
 
 
+@table("size", [1e-4, 1e-2])
+def test_bf16_stats_are_those_of_fp32_and_a_small_kl_is_half_the_square(size):
+    old = -3 * torch.rand(8, 12).bfloat16()
+    new = (old.float() + size * torch.randn(8, 12)).bfloat16()
+    rest = torch.linspace(-1, 1, 8), 0.2, 0.2, ones(8, 12)
+    bf16, fp32 = run(new, old, *rest), run(new.float(), old.float(), *rest)
+    close(bf16[2], fp32[2], rtol=1e-5, atol=0)
+    close(bf16[1].float(), fp32[1], rtol=1e-2, atol=0)
+    kl = run(ones(8, 12) * size, 0 * ones(8, 12), *rest)[2][4]
+    close(kl, torch.tensor(size**2 / 2), rtol=1e-3 + size, atol=0)
+
+
 BAD = {
     etr.group_advantages: [
         ({"rewards": ones(4, 1)}, r"G >= 2 .* got \(4, 1\)")],
     etr.variance_budgets: [
-        ({"rewards": torch.tensor([[1, nan, inf]])}, "finite rewards, got 2 that"),
+        ({"rewards": torch.tensor([[1, nan, inf]])}, "below 1e18, got 2 others"),
+        ({"rewards": torch.tensor([[1, 1e20]])}, "below 1e18, got 1 others"),
         ({"elasticity": nan}, "finite elasticity >= 0, got nan")],
     etr.elastic_clip_bounds: [
         ({"elasticity": -0.5}, "elasticity >= 0, got -0.5"),
@@ -392,22 +407,23 @@ def warm():
     problems = ts.encode(policy, ts.load_problems(args)["train"], [])
     optimizer = ts.make_optimizer(policy.model)
     for step in range(1, 91):
-        ts.warmup_step(args, 0, step, policy, optimizer, problems)
+        ts.warmup_step(args, 0, step, optimizer, policy, problems)
     return args, policy, problems
 
 
-def roll(policy, problems, longest=20, group=4, **options):
+def roll(policy, problems, longest=20, group=4, temperature=1.0):
     prompts = [problem.prompt for problem in problems for _ in range(group)]
-    return ts.sample(policy, prompts, longest, torch.Generator().manual_seed(0), **options)
+    return ts.sample(policy, prompts, longest, torch.Generator().manual_seed(0), temperature)
 
 
-def plain(model, problems, rollouts):
+def plain(model, problems, rollouts, temperature=1.0):
     """(log-probabilities, entropies), by a forward on each sequence alone."""
     found, group = torch.zeros(2, *rollouts.mask.shape), len(rollouts.mask) // len(problems)
     for i, mask in enumerate(rollouts.mask):
         prompt, written = problems[i // group].prompt, rollouts.tokens[i, mask]
         logits = model(input_ids=torch.tensor([[*prompt, *written]])).logits
-        softmax = torch.distributions.Categorical(logits=logits[0, len(prompt) - 1:-1])
+        logits = logits[0, len(prompt) - 1:-1] / temperature
+        softmax = torch.distributions.Categorical(logits=logits)
         found[:, i, mask] = torch.stack([softmax.log_prob(written), softmax.entropy()])
     return found
 
@@ -430,21 +446,22 @@ def tied_with_bias(policy):
 @pytest.mark.parametrize("budget, chunk", [(1, 2**24), (200, 3000), (10**6, 1)])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("heat", [1.0, 0.6])
 def test_rollouts_scores_and_gradient_are_those_of_the_plain_forward(
-        warm, monkeypatch, budget, chunk, tied, mixed):
+        warm, monkeypatch, budget, chunk, tied, mixed, heat):
     monkeypatch.setattr(ts, "LOGITS_AT_ONCE", chunk)
     policy, problems = warm[1], warm[2][:6]  # ragged prompts
     policy = (tied_with_bias if tied else copy.deepcopy)(policy)
     model, policy.model.mixed = policy.model, mixed
-    tokens, mask, *sampled = rollouts = roll(policy, problems)
+    tokens, mask, *sampled = rollouts = roll(policy, problems, temperature=heat)
     prompts = [problem.prompt for problem in problems for _ in range(4)]
     weight = torch.linspace(-1, 1, mask.numel()).view(mask.shape)
     scores = torch.zeros_like(weight)
-    for i, logprobs in ts.score(model, prompts, tokens, mask, range(24), budget):
+    for i, logprobs in ts.score(model, prompts, tokens, mask, range(24), budget, heat):
         (logprobs * weight[i]).sum().backward()
         scores[i] = logprobs.detach()
     got = flat(parameter.grad for parameter in model.parameters())
-    expected = plain(model, problems, rollouts)
+    expected = plain(model, problems, rollouts, heat)
     slope = gradient(model, (expected[0] * weight).sum())
     if mixed:  # bf16
         gap = (scores - sampled[0])[mask]
@@ -454,6 +471,35 @@ def test_rollouts_scores_and_gradient_are_those_of_the_plain_forward(
         torch.testing.assert_close(scores, expected[0], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(torch.stack(sampled), expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(got, slope, atol=1e-4 * slope.abs().max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_before_the_first_update_the_ratio_is_one_in_bf16_exactly(warm, monkeypatch, mixed):
+    monkeypatch.setattr(ts, "apply_gradients", lambda *_: 1.0)
+    monkeypatch.setattr(warm[1].model, "mixed", mixed)
+    metrics, _ = step_of(warm, "etr", updates_per_step=8, micro_batch_tokens=300)
+    assert metrics["approx_kl"] < 1e-9 and metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert not mixed or metrics["approx_kl"] == 0 and metrics["ratio_mean"] == 1
+    monkeypatch.setattr(ts, "grade", lambda *_: 0.0)
+    assert step_of(warm, "etr")[0]["ratio_mean"] is None  # no group teaches
+
+
+def test_in_bf16_the_cache_has_no_fp32(warm, monkeypatch):
+    monkeypatch.setattr(warm[1].model, "mixed", True)
+    with ts.mixed_precision(warm[1].model):
+        cache, *_ = ts.prefill(warm[1].model, [warm[2][0].prompt])
+    assert {(layer.keys.dtype, layer.values.dtype) for layer in cache.layers} == {
+        (torch.bfloat16, torch.bfloat16)}
+
+
+def test_the_warm_start_reaches_its_rate_however_short(warm, monkeypatch):
+    args, policy, problems = warm
+    for steps in 3, 16, 300:
+        rates, given = [], Namespace(**vars(args) | dict(warmup_steps=steps, warmup_batch=1))
+        monkeypatch.setattr(ts, "apply_gradients", lambda *at: rates.append(at[2]))
+        for step in range(1, steps + 1):
+            ts.warmup_step(given, 0, step, None, policy, problems)
+        assert 0.6 < max(rates) / args.warmup_rate <= 1 and rates[-1] < 0.11 * args.warmup_rate
 
 
 def test_completions_stop_at_the_first_end_token_and_no_draw_depends_on_who_has_left(warm):
@@ -485,7 +531,7 @@ def step_of(warm, arm, optimizer=ts.make_optimizer, **changes):
     args, policy, problems = warm
     args, model = Namespace(**vars(args) | changes), copy.deepcopy(policy.model)
     policy, before = policy._replace(model=model), flat(model.parameters())
-    metrics, _ = ts.train_step(args, arm, 0, 1, policy, optimizer(model), problems)
+    metrics, _ = ts.train_step(args, arm, 0, 1, optimizer(model), policy, problems)
     return metrics, flat(model.parameters()) - before
 
 
@@ -511,7 +557,7 @@ def test_a_step_does_not_depend_on_the_micro_batch_and_its_sums_add_up(warm):
 def test_groups_with_equal_rewards_are_not_run_and_change_nothing(warm):
     args, policy, problems = warm
     batch = ts.seeded("prompts", 0, 1).sample(problems, 8)
-    rollouts, _, rewards = ts.sample_and_grade(policy, args, batch, 8, ("rollout", 0, 1))
+    rollouts, _, rewards = ts.sample_and_grade(policy, args, batch, 8, ("rollout", 0, 1), 1.0)
     A = etr.group_advantages(rewards).view(64, 1)  # 0 in some groups
     logprobs, _ = plain(policy.model, batch, rollouts)
     slope = gradient(policy.model, (A * logprobs).sum() / rollouts.mask.sum())
@@ -524,11 +570,11 @@ def test_groups_with_equal_rewards_are_not_run_and_change_nothing(warm):
 
 
 def test_a_non_finite_update_is_skipped_and_a_step_of_them_ends_the_run(warm, monkeypatch):
-    loss, factors = etr.surrogate_loss, iter([1, math.nan, 1, 1])
-    monkeypatch.setattr(
-        etr, "surrogate_loss", lambda *a: (loss(*a)[0] * next(factors, math.nan), {}))
+    loss, factors = etr.surrogate_loss, itertools.cycle([1, math.nan])
+    monkeypatch.setattr(etr, "surrogate_loss", lambda *a: (loss(*a)[0] * next(factors), {}))
     metrics, change = step_of(warm, "grpo", updates_per_step=4)
-    assert metrics["updates_skipped"] == 1 and change.isfinite().all()
+    assert 0 < metrics["updates_skipped"] < 4 and change.isfinite().all()
+    factors = itertools.repeat(math.nan)
     with pytest.raises(ts.UserError, match="expected a finite gradient in step 1"):
         step_of(warm, "grpo", updates_per_step=1)
 
@@ -570,11 +616,10 @@ def test_a_run_leaves_what_it_promises_and_arms_share_their_start(undisturbed):
                      for name in ("grpo-seed0/metrics.jsonl", "etr-seed0/metrics.jsonl"))
     results, config = (json.loads((undisturbed / name).read_text())
                        for name in ("results.json", "config.json"))
-    assert {*results, *config, *results["arms"]["etr"][0], *grpo[1]} == {*"""
-        task total_seconds warmup_seconds arms seed seconds clip_fraction_mean entropy_first
+    assert {*config, *results[0], *grpo[1]} == {*"""
+        arm seed seconds clip_fraction_mean entropy_first
         entropy_last pass1_before pass1_after greedy_before greedy_after passk_before passk_after
-        passk_curve_before passk_curve_after
-        arguments device threads parameters vocabulary problems versions
+        right_before right_after arguments device threads sizes versions
         step reward_mean entropy clip_fraction clip_fraction_low clip_fraction_high ratio_mean
         approx_kl frac_reward_zero_std completion_length_mean grad_norm updates_skipped
         tokens_per_second by_correct""".split()}
@@ -619,6 +664,49 @@ def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(undisturbed, t
     assert left_by(tmp_path) == left_by(undisturbed)
 
 
+def test_checkpoints_take_a_twentieth_of_the_time_whatever_a_step_takes(tmp_path, monkeypatch):
+    for seconds, steps, count in (0.1, 1000, 6), (1, 100, 6), (100, 10, 11):
+        clock, saves, save = [0.0], [], ts.save
+
+        def slow(path, value):
+            saves.extend([path] * (path.suffix == ".pt"))
+            clock[0] += path.suffix == ".pt"
+            save(path, value)
+
+        def step(*_):
+            clock[0] += seconds
+            return {}, ""
+        monkeypatch.setattr(ts, "save", slow)
+        monkeypatch.setattr(ts.time, "perf_counter", lambda: clock[0])
+        ts.train(tmp_path / str(seconds), torch.nn.Linear(1, 1), range(steps + 1), step)
+        monkeypatch.undo()
+        assert abs(len(saves) - count) <= 1
+
+
+def test_a_resumed_run_lets_the_weights_of_its_checkpoint_go(tmp_path, monkeypatch):
+    model, load, loaded = torch.nn.Linear(3, 3), torch.load, []
+
+    def spy(*args, **options):
+        content = load(*args, **options)
+        loaded.extend(map(weakref.ref, content[0].values()))
+        return content
+    monkeypatch.setattr(torch, "load", spy)
+    ts.train(tmp_path / "run", model, range(2), lambda *_: ({}, ""))
+    ts.train(tmp_path / "run", model, range(3), lambda *_: (dict(x=[r() for r in loaded]), ""))
+    line = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["x"] == [None, None]
+
+
+def test_evaluation_has_no_more_rows_than_a_rollout_batch(warm, monkeypatch, capsys):
+    args, policy, problems = warm
+    rows, sample = [], ts.sample
+    monkeypatch.setattr(ts, "sample", lambda *a: rows.append(len(a[1])) or sample(*a))
+    scores, _ = ts.evaluate(args, 0, policy, dict(eval=problems[:20]), ["eval"])
+    assert sum(rows) == 20 * 9 and max(rows) <= 64 and len(scores["eval_right"]) == 20
+    right = np.array(scores["eval_right"])
+    assert (scores["eval_pass1"], scores["eval_passk"]) == (right.mean() / 8, (right > 0).mean())
+
+
 def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(undisturbed, tmp_path):
     limit = resource.RLIMIT_FSIZE, (300_000, 300_000)  # bytes: a checkpoint is larger
     process = start(tmp_path, *TINY, preexec_fn=lambda: resource.setrlimit(*limit))
@@ -632,17 +720,57 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturb
     before, config = left_by(undisturbed), undisturbed / "config.json"
     kept = config.read_text()
     for text, flags, words in (
-            (kept, "", "add --resume"), (kept, "--resume --steps 9", "steps was 4, is 9"),
+            (kept, "", "add --resume"), (kept, "--resume --steps 9", "steps 4 instead of 9"),
+            (kept.replace('"problems": "', '"problems": "0'), "--resume", "problems"),
             *((text, "--resume", "config.json") for text in ("", "[1]", '{"arguments": 1}'))):
         config.write_text(text)
         assert main(undisturbed, *flags.split()) == 2
         assert words in capsys.readouterr().err.splitlines()[-1]
+    config.unlink()
+    assert main(undisturbed, "--resume") == 2
+    assert "config.json beside" in capsys.readouterr().err.splitlines()[-1]
     config.write_text(kept)
     assert left_by(undisturbed) == before
     for stray in "grpo-seed0 (copy)", "foo-seed3", "warmup-seed0 (copy)":
         (undisturbed / stray).mkdir()
         (undisturbed / stray / "metrics.jsonl").write_text("{")
     assert main(f"{undisturbed.parent}/./{undisturbed.name}/", "--resume") == 0
+
+
+def test_more_seeds_and_arms_join_a_finished_run_and_each_row_has_its_own_numbers(
+        undisturbed, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    assert main(out, "--resume", "--seeds", "2", "--algos", "grpo", "micro") == 0
+    rows, old = (json.loads((x / "results.json").read_text()) for x in (out, undisturbed))
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        *itertools.product(["grpo", "micro"], [0, 1])]
+    assert rows[0] == old[0]
+    metrics = out / "grpo-seed0/metrics.jsonl"
+    for text in "", metrics.read_text()[:-9]:
+        metrics.write_text(text)
+        assert main(out, "--resume", "--seeds", "2") == 2
+        assert "grpo-seed0" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rate_that_ruins_the_weights_is_one_sentence(tmp_path, capsys):
+    assert main(tmp_path, "--learning-rate", "1e30") == 2
+    assert "lower --learning-rate" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_main_gives_ctrl_c_back_and_runs_in_a_thread(tmp_path):
+    before, codes = signal.getsignal(signal.SIGINT), []
+    thread = threading.Thread(target=lambda: codes.append(main(tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert codes + [main(tmp_path / "thread")] == [0, 2]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_import_survives_a_notebooks_backend_and_help_shows_the_tasks_defaults(tmp_path):
+    argv = [sys.executable, ts.__file__, "--task", "gsm8k", "--help"]
+    text = subprocess.check_output(argv, text=True,
+                                   env=os.environ | dict(MPLBACKEND="gone", COLUMNS="200"))
+    assert "Qwen2.5-0.5B" in text and "2e-06" in text and "0.0001" not in text
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
@@ -710,19 +838,19 @@ def test_a_model_trains_right_or_is_refused(name, tied):
     config = config(**SIZE | MORE.get(name, {}), tie_word_embeddings=tied)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.mixed, message, started = False, "", time.process_time()
+    model.mixed, message = False, ""
     try:
-        ts.check_model(ts.Policy(model, None, "", [1]), name)
+        ts.check_model(ts.Policy(model, None, [1]), name, 0.6)
     except ts.UserError as error:
         message = str(error)
     assert message.startswith(f"expected --model {name} to") == (name in WRONG)
-    assert time.process_time() - started < 1
 
 
-CHATML = """{% for turn in messages %}<|im_start|>{{ turn.role }}
-{{ turn.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+CHATML = """{% for turn in messages %}<|im_start|>{{ turn.role }} \n {{ turn.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n {% endif %}"""
+
+
+THINK = CHATML.replace("{% endif", "<think>{% endif")  # the prompt begins no chat
 
 
 def save_model(folder, template=CHATML, **config):
@@ -737,11 +865,35 @@ def save_model(folder, template=CHATML, **config):
     return str(folder)
 
 
+def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys):
+    argv = real_task(tmp_path, "gsm8k") + ["--out", str(tmp_path / "out"), "--model"]
+    for name, change in ("lm_head.weight", {}), ("layers.2.", dict(num_hidden_layers=3)):
+        folder = Path(save_model(tmp_path / name, **change))
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights = {key: value for key, value in weights.items() if name not in key}
+        safetensors.torch.save_file(weights, folder / "model.safetensors", dict(format="pt"))
+        assert ts.main([*argv, str(folder)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert name in message and str(folder) in message
+
+
+def test_a_warm_start_learns_the_tokens_of_the_whole_chat(tmp_path):
+    policy = ts.load_model(save_model(tmp_path, None), "cpu", 0)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate("? <eos> 5 \u25815 \u25814 \u2581Question: \u2581\nAnswer:".split(" "))}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    policy = policy._replace(tokenizer=transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", chat_template=policy.tokenizer.chat_template))
+    problem, = ts.encode(policy, [ts.Problem("4", "5", "5")], [])
+    whole = policy.tokenizer(" Question: 4\nAnswer: 5<eos>")["input_ids"]
+    assert problem.prompt + problem.target == whole
+
+
 @pytest.mark.parametrize("template, prompt, target", [
     (None, "Question: 4\nAnswer:", " 5<eos>"),
-    (CHATML, "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n", "5<|im_end|>"),
-    (CHATML.replace("t\n{% endif", "t\n<think>{% endif"),
-     "<|im_start|>user\n4<|im_end|>\n<|im_start|>assistant\n<think>", "5<|im_end|>")])
+    (CHATML, "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n ", "5<|im_end|>"),
+    (CHATML.replace("{{ turn.content", "{{ '# ' * (turn.role != 'user') + turn.content"),
+     "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n ", "# 5<|im_end|>")])
 def test_a_turn_ends_where_its_chat_template_ends_it(tmp_path, template, prompt, target):
     policy = ts.load_model(save_model(tmp_path, template), "cpu", 0)
     problem, = ts.encode(policy, [ts.Problem("4", "5", "5")], [])
@@ -754,7 +906,8 @@ GSM8K = '{"question": "?", "answer": %s}'
 MATH = '{"problem": "?", "solution": "\\\\boxed{7}", "level": %s}'
 ARGUMENTS = """--task chess: chess; --algos ppo: ppo; --group-size 1: int in [2, inf);
     --steps many: many; --learning-rate nan: float; --clip 0.4: 0.333; --device abacus: cpu;
-    --model gpt2: built-in; --max-new-tokens 500: --max-new-tokens up to;
+    --model gpt2: built-in; --max-new-tokens 500: at most 128 tokens; --levels 3: gsm8k or math;
+    --seed 9223372036854775808: in [0, 9.22337e+18);
     --train-problems 8: --prompts-per-step 32; --task gsm8k: --data;
     --task gsm8k --data nowhere: train.jsonl"""
 ROWS = [
@@ -772,15 +925,19 @@ TEMPLATES = [
     *(("in line 2 of", "", text, {}) for text in ROWS),
     *(("chat template", "", "", dict(template=template)) for template in TEMPLATES),
     ("8 embeddings", "", "", dict(vocab_size=8)),
-    ("longest prompt", "", "", dict(max_position_embeddings=15))])
+    ("at most 15 tokens", "", "", dict(max_position_embeddings=15)),
+    ("at most 13 tokens", "--warmup-steps 1 --max-new-tokens 1", "",
+     dict(max_position_embeddings=13)),
+    ("answer follows", "--warmup-steps 1", "", dict(template=THINK)),
+    ("among 1, got [99]", "--levels 99", "", {})])
 def test_a_mistake_gets_one_sentence_before_anything_is_written(
         words, flags, text, changes, capsys, tmp_path):
-    argv = [*flags.split(), "--out", str(tmp_path / "out")]
+    argv = ["--out", str(tmp_path / "out")]
     if text is not None:
         argv += real_task(tmp_path, "math" if "problem" in text else "gsm8k", "", text)
         argv += ["--model", save_model(tmp_path / "model", **changes)]
     try:
-        code = ts.main(argv)
+        code = ts.main([*argv, *flags.split()])
     except SystemExit as stop:  # argparse
         code = stop.code
     message = capsys.readouterr().err.splitlines()[-1]
@@ -796,10 +953,7 @@ def test_a_real_task_runs_with_model_and_data_from_folders(tmp_path, task, row, 
     assert len((tmp_path / "out/etr-seed0/metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_pass_at_k_is_the_share_of_subsets_and_the_band_students_interval():
-    for right, k in itertools.product([0, 1, 5, 8], [1, 2, 8]):
-        subsets = itertools.combinations([1] * right + [0] * (8 - right), k)
-        assert ts.pass_at_k(8, right, k) == pytest.approx(np.mean([*map(any, subsets)]))
+def test_the_band_is_students_interval():
     x, mean, half = ts.mean_and_band([{0: 1, 10: 2}, {0: 2, 10: 2, 20: 5}, {0: 6, 10: 2}])
     assert x == [0, 10] and mean.tolist() == [3, 2]
     assert half == pytest.approx([4.3027 * np.std([1, 2, 6], ddof=1) / 3**0.5, 0], rel=1e-3)
@@ -817,7 +971,7 @@ def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, 
 def test_a_bar_in_a_log_prints_at_most_a_line_every_half_minute(monkeypatch, capsys, tmp_path):
     clock = itertools.count()
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
-    ts.train(tmp_path, torch.nn.Linear(1, 1), range(100), 1000, lambda *_: ({}, ""))
+    ts.train(tmp_path, torch.nn.Linear(1, 1), range(100), lambda *_: ({}, ""))
     assert 1 <= capsys.readouterr().err.count("\r") <= next(clock) / 30 + 1  # the last, and 100 %
 
 

@@ -5,7 +5,7 @@
     python train_small.py --task math --levels 1 2 3  the same on MATH
 
 Data flows one way: prompts, rollouts, rewards, advantages, bounds, loss, step, metrics, pictures.
-Arms differ only in their rule for the bounds: weights at the start, prompts and code are the same.
+Arms differ only in their rule for the bounds: they share weights at the start, prompts and code.
 
 Shapes: P prompts, G completions each, B = P*G rows, T completion tokens, H hidden units, V words.
 Left out on purpose: several GPUs, an inference engine, a KL penalty, LoRA.
@@ -14,16 +14,16 @@ Left out on purpose: several GPUs, an inference engine, a KL penalty, LoRA.
 import argparse
 import contextlib
 import fcntl
-import functools
-import inspect
+import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -31,6 +31,10 @@ from collections import namedtuple
 from fractions import Fraction
 from pathlib import Path
 
+if "ipykernel" not in sys.modules:
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which may be missing here
+
+import loky
 import matplotlib
 import numpy as np
 import torch
@@ -70,11 +74,11 @@ TASKS = {  # the defaults that depend on the task
     "gsm8k": REAL,
     "math": dict(REAL, max_new_tokens=512),
 }
-EVAL_SAMPLES = 8  # per held-out problem, for pass@1 and pass@k
-EVAL_AT_ONCE = 64  # held-out problems
+EVAL_SAMPLES = 8  # per held-out problem, for pass@1 and pass@8
 LR_WARMUP_UPDATES = 20  # Adam's first steps at the full rate wreck a tiny model
 MINIBATCHES = 4  # per rollout batch; more updates than that go over it again
 LOGITS_AT_ONCE = 2**24  # 64 MiB
+SAVING = 1 / 20  # of the time is for checkpoints
 
 
 class UserError(Exception):
@@ -83,14 +87,23 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def expecting(what):
-    """Turns any error inside into one sentence."""
+    """Turns an error inside into one sentence."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):  # these have a sentence of their own
+    except (UserError, torch.OutOfMemoryError):  # these have one of their own
         raise
     except Exception as error:
         got = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"expected {what}, got {got:.300}") from error
+
+
+@contextlib.contextmanager
+def fitting(advice):
+    """Turns a full GPU inside into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"expected more GPU memory; {advice}") from None
 
 
 def number(kind, least, below=math.inf):
@@ -103,12 +116,11 @@ def number(kind, least, below=math.inf):
 
 
 def add_flags(add):
-    count, natural = number(int, 1), number(int, 0)
+    count, natural, rate = number(int, 1), number(int, 0, 2**63), number(float, 1e-12)
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     # problems
-    add("--task", choices=TASKS, default="arithmetic", help="sets other defaults, too")
     add("--data", help="folder with train.jsonl and test.jsonl, instead of the hub")
-    add("--levels", type=count, nargs="+", help="of MATH, or GSM8K's number of steps")
+    add("--levels", type=natural, nargs="+", help="of MATH, or GSM8K's number of steps")
     add("--train-problems", type=natural, help="0: all")
     add("--eval-problems", type=count, default=200, help="held out, for validation")
     add("--test-problems", type=count, default=200, help="held out, for the final test")
@@ -116,6 +128,7 @@ def add_flags(add):
     add("--model", help="hub id or folder")
     add("--device", choices={"cpu", device}, default=device)
     add("--shots", type=natural, help="worked examples in a prompt; 2 without warm start")
+    add("--temperature", type=number(float, 1e-3), default=1.0, help="divides the logits")
     add("--max-new-tokens", type=count, help="longest completion")
     add("--micro-batch-tokens", type=count, default=4096, help="lower it to save memory")
     # arms, seeds, output
@@ -128,25 +141,29 @@ def add_flags(add):
     # training
     add("--warmup-steps", type=natural, help="supervised, before RL")
     add("--warmup-batch", type=count, help="worked solutions in each")
+    add("--warmup-rate", type=rate, help="its learning rate")
     add("--steps", type=count, help="rollout batches")
-    add("--prompts-per-step", type=count, default=32, help="prompts in a rollout batch, P")
+    add("--prompts-per-step", type=count, default=32, help="P")
     add("--group-size", type=number(int, 2), default=8, help="completions per prompt, G")
-    add("--updates-per-step", type=count, help="per rollout batch; with 1 nothing is clipped")
+    add("--updates-per-step", type=count, help="with 1 nothing is clipped")
     add("--flip-rewards", type=number(float, 0, 0.5), default=0.0, help="share that is wrong")
-    add("--learning-rate", type=number(float, 1e-12), help="of AdamW, after its warm-up")
-    add("--eval-every", type=count, default=10, help="steps, also between checkpoints")
+    add("--learning-rate", type=rate, help="of AdamW")
+    add("--eval-every", type=count, default=10, help="steps")
 
 
 def parse_args(argv=None):
+    first = argparse.ArgumentParser("train_small.py", add_help=False)
+    first.add_argument("--task", choices=TASKS, default="arithmetic", help="sets other defaults")
     parser = argparse.ArgumentParser(
-        "train_small.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        "train_small.py", parents=[first], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(parser.add_argument)
-    parser.set_defaults(**TASKS["arithmetic"])  # for --help
-    parser.set_defaults(**TASKS[parser.parse_known_args(argv)[0].task])
+    parser.set_defaults(**TASKS[first.parse_known_args(argv)[0].task])
     args = parser.parse_args(argv)
     built_in = args.model == "built-in"
     if built_in != (args.task == "arithmetic"):
         parser.error(f"--model {args.model}: expected built-in for --task arithmetic only")
+    if built_in and (args.data or args.levels):
+        parser.error("--data, --levels: expected with --task gsm8k or math only")
     if args.shots is None:
         args.shots = 0 if args.warmup_steps or built_in else 2
     args.out = Path(args.out or f"runs/{args.task}")
@@ -179,8 +196,7 @@ def arithmetic_problems(count, rng):
     """Distinct word problems of 1 to 7 steps in GSM8K's form, from a textbook full of errors.
 
     A fixed 30 % of the facts a + b have a fixed wrong result in 65 % of the worked solutions, the
-    others any in 5 %. So a trained model is right more often by sampling than greedily: RL has
-    something to find and to lose.
+    others any in 5 %: what a trained model does greedily is wrong, and sampling finds better.
     """
     totals, changes = range(LARGEST + 1), [*range(1, 10), *range(-1, -10, -1)]
     believed = {(a, b): slip(a + b, rng) for a in totals for b in changes
@@ -220,7 +236,7 @@ def to_problem(task, row):
         answer = solution.split("####", 1)[1]
     else:
         level = re.fullmatch(r"(?:Level )?(\d+|\?)(?:\.0)?", str(row["level"]))[1]
-        answer = boxes(solution)[-1]
+        answer = stated_answer(task, solution)
     if answer.strip() and not grade(task, solution, answer):
         raise ValueError("an answer that cannot be graded")
     return level, Problem(question, solution.strip(), answer.strip())
@@ -235,17 +251,19 @@ def read_problems(args, split):
         else:
             import datasets  # not needed for local data
             rows = map(json.dumps, datasets.load_dataset(hub, *subset, split=split))
-    problems = []
+    problems, levels = [], set()
     for line, row in enumerate(rows, 1):
         if not row.strip():
             continue
-        place = f"in line {line} of {args.data or hub}, {split}"
-        with expecting(f"{' and '.join(FIELDS[args.task])} as published {place}"):
+        with expecting(f"{' and '.join(FIELDS[args.task])} as published in line {line} of "
+                       f"{args.data or hub}, {split}"):
             level, problem = to_problem(args.task, json.loads(row))
-        if not problem.answer:  # two problems of MATH are like that
-            print(f"left out: the empty answer {place}", file=sys.stderr)
-        elif not args.levels or level in map(str, args.levels):
+        levels.add(level)
+        # Two problems of MATH have an empty box.
+        if problem.answer and (not args.levels or level in map(str, args.levels)):
             problems.append(problem)
+    if levels and not problems:
+        raise UserError(f"expected --levels among {' '.join(sorted(levels))}, got {args.levels}")
     seeded("split").shuffle(problems)
     return problems
 
@@ -272,213 +290,133 @@ def load_problems(args):
 
 # ---- task: verifier
 
-LAYOUT = [(re.compile(pattern), new) for pattern, new in (
-    (r"[−–]", "-"), ("²", "^2"), ("³", "^3"), ("½", r"\\frac{1}{2}"), ("·", r"\\cdot "),
-    ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty "), ("π", r"\\pi "),
-    (r"√\s*(\d+|[a-z])", r"\\sqrt{\1}"),
-    (r"\\\\\[[^\]]*\]", r"\\\\"),  # space between the rows of a matrix
-    (r"(?<!\\)\\[()\[\]]|\\?[$€£¥₹]|\*\*|`|\\(?:text)?color\s*\{[^{}]*\}|\\(?=%)", ""),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])|\s*\\!\s*", ""),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|°[CF]?", ""),
-    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-z]))|~", " "),
-    # \text{...} behind a value is its unit, elsewhere it is only a font
-    (r"(?<=[\w)}])\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*(?:and|or)\b)[^{}]*\}"
-     r"(?:\^\{?[23]\}?)?(?=\s*(?:[.,)\]]|\\text|$))", ""),
-    (r"\\(?:text|mbox|math|boldsymbol)(?:rm|bf|it)?\s*\{([^{}]*)\}", r" \1 "),
-    (r",?\s+(?:and|or)\s+|\{,\}", ","),
-    (r"(\d)\s+(\d+)\s*/\s*(\d+)", r"\1\\frac{\2}{\3}"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda match: repeating(*match.groups())),
-    (r"^\s*\{(?!.*\\over)((?:[^{}]|\{[^{}]*\})*)\}\s*$", r"\1"),
-    (r"\\[dtc]frac", r"\\frac"), (r"\\log_e", r"\\ln "), (r"\\varnothing", r"\\emptyset "),
-    (r"\\in(?![a-z])", "="), (r"(?<=\d)_(\d+)", r"_{\1}"),
-    (r"[\s.*]+$|^[\s*]+|(?<![\w,])\s+|\s+(?!\w)", ""),
-    (r"^(.*)\\pm(.*)$", r"\1+\2,\1-\2"),
-)]
-LABEL = re.compile(r"(?:^|(?<=,))\s*[A-Za-z(|\\](?:[A-Za-z\\{}()'|+*/, -]|[_^({]\d+)*[=:]")
-PLAIN = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)\.?\d*|\.\d+)", re.ASCII)
-NUMBERS = re.compile(r"(?:[-+\d., /{}]|\\frac)+", re.ASCII)
-UNIT = re.compile(
-    r"(?<=[\d.}])(?:[\s/(-]*(?!half|dozen|hundred|thousand|[bmtr]+illion)(?:[a-z]{3,}|of|in|ft|oz"
-    r"|lb|[ap]\.m|[ckm]?[mgl]|[chsf])(?![a-z])(?:\^[23])?\)?)+$", re.I)
-# Numbers in a row, number bases, x=13=12 and towers of powers: not for math-verify.
-MISREAD = re.compile(r"\d \d|\d_|=[^,]*=|\^(?:\{[^{}]*|\w*)\^")
-STATED = re.compile(r"(?i)\banswer\b[*_]*\s*(?:is\b|=|:)[*_:\s]*")
+MANY = r"(?! *(?:and|or|dozens?|hundred|thousand|[a-z]*illion|pi)\b)"  # no units
+UNIT = rf"(?i)(?<=[\d.}}]) *{MANY}(?:[a-z/]{{2,}}|[gml]\b)[a-z ,./-]*(?:\^[23])?$"
+REWRITE = (
+    ("[−–]", "-"), ("²", "^2"), (r"\{,\}", ","), (r"_\{(\d+)\}", r"_\1"),
+    (r"√(\d+|\w)", r"\\sqrt{\1}"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(?:text)?color *\{[^{}]*\}|\\(?:left|right|displaystyle|degree|[()[\]])", ""),
+    (r"\\?[$€£¥₹%]|\*\*|`|°[CF]?| *\\! *|\^ *\{? *\\circ *\}?", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad)|~|\s", " "),
+    # behind a value \text{...} is its unit, elsewhere a font
+    (rf"(?<=[\w)}}]) *\\(?:text|mbox|mathrm) *\{{{MANY}[^{{}}\d]*\}}[\^{{\d}}.]*$", ""),
+    (r"\\(?:text|mbox|math|bold)[a-z]* *\{([^{}]*)\}", r" \1 "),
+    (r"""^[\s"'“*]+|[\s.'"”*]+$|(?<![\w,]) +| +(?!\w)""", ""),
+    (r"^[({]+([^(){},]*)[)}]+$", r"\1"),
+)
+FRACTION = r"\\frac *(?:(\d)|\{(-?\d+)\}) *(?:(\d)|\{(\d+)\})"
+NUMBER = r"(?a)([+-]?) *(?:(\d+) +(?=\d+/))?(\d+/0*[1-9]\d*|\d+\.?\d*|\.\d+)"
 
 
-def repeating(whole, start, cycle):
-    """The fraction for a repeating decimal: \\frac{3}{9} for 0.\\overline{3}."""
-    top = int(whole + start + cycle) - int("0" + whole + start)
-    return rf"\frac{{{top}}}{{{'9' * len(cycle) + '0' * len(start)}}}"
-
-
-def tidy(text):
-    """`text` in one layout: (\\frac{1}{2},3) for \\left( \\dfrac{1}{2},\\; 3\\text{ cm}\\right)."""
-    text = " ".join(text.split())
-    for pattern, new in LAYOUT:
-        text = pattern.sub(new, text)
-    return text
-
-
-def parse_number(text):
-    """The number that plain digits state, as an exact Fraction, or None: 2469/2 for 1,234.50."""
-    return Fraction(text.replace(",", "")) if PLAIN.fullmatch(text.strip()) else None
-
-
-def boxes(text):
-    """The content of each \\boxed{}, "" for an open one; joined ones are one list.
-
-    >>> boxes(r"\\boxed{7}? No: \\boxed{\\frac{1}{2}}, \\boxed 3")
-    ['7', '\\\\frac{1}{2}, 3']
-    """
-    runs, between = [], "no box yet"
+def last_boxes(text):
+    """What the last \\boxed{} holds, and those before it with only commas between."""
+    contents, between = [], ""
     for part in text.split("\\boxed")[1:]:
         depth = end = 0
-        for end, letter in enumerate(part):
+        for end, letter in enumerate(part, 1):
             depth += (letter == "{") - (letter == "}")
             if depth <= 0 and not letter.isspace():
                 break
-        content = part[:end + 1].strip()
-        content = "" if depth else content[1:-1] if content[:1] == "{" else content
         if not re.fullmatch(r"(?:[\s$,;]|and|or)+", between):
-            runs.append([])
-        runs[-1].append(content)
-        between = part[end + 1:]
-    return [", ".join(dict.fromkeys(run)) for run in runs]
+            contents = []
+        content = "" if depth else part[:end].strip()
+        contents.append(content[1:-1] if content.startswith("{") else content)
+        between = part[end:]
+    return contents
 
 
-def stated_answers(task, completion):
-    """The answers that `completion` states; where there are several, all must be right."""
-    found = boxes(completion)
-    if found:
-        return found[-1:] if task == "math" else found
-    lines = completion.split("####")[1:] or STATED.split(completion)[1:][-1:]
-    return [re.split(r"\.\s|\n", line.strip())[0] for line in lines]
+def stated_answer(task, completion):
+    """What the last box holds or, but for MATH, what follows "####" or "answer is"."""
+    text = completion.rpartition("</think>")[2]
+    if contents := last_boxes(text):
+        return ", ".join(dict.fromkeys(contents))
+    *_, last = re.split(r"####|(?i:(?<!/)answer)[*_]*(?: is|[:>])+", text)
+    if task != "math" and last != text:
+        return re.split(r"\.\s|\n|<[/|a-z]", last.strip("*: \n"))[0]
 
 
-def equal(task, gold, answer):
-    """Whether the LaTeX `answer` states the value of `gold`."""
-    if len(answer) > 300:
-        return False
-    gold, answer = tidy(gold), tidy(answer)
-    if "%" in gold or task != "math":
-        gold, answer = gold.replace("%", ""), answer.replace("%", "")
-    if "=" not in gold:
-        answer = LABEL.sub("", answer)
-    elif "=" not in answer and re.match("[A-Za-z]=", gold):
-        gold = LABEL.sub("", gold)
-    if gold.casefold() == answer.casefold():
-        return True
-    if NUMBERS.fullmatch(gold):
-        answer = UNIT.sub("", answer)
-        if PLAIN.fullmatch(gold) and PLAIN.fullmatch(answer):
-            return parse_number(gold) == parse_number(answer)
-        if re.search(r"\\(?!frac|over)[a-z]", answer):
-            return False
-    if re.search(r"^[a-zA-Z ]{3,}$", gold) or MISREAD.search(gold + "," + answer):
-        return False
-    return same_latex(gold, answer)
+def stated_number(text):
+    """The number that `text` states, exactly: 7/2 for "3 1/2 cm", None for 3+4."""
+    text = re.sub(r"(?<=\d)[, ](?=\d{3}(?![\d/]))", "", re.sub(UNIT, "", text))
+    text = re.sub(FRACTION, r" \1\2/\3\4", text).strip(" {}")
+    if match := re.fullmatch(NUMBER, text):
+        sign, whole, rest = match.groups("0")
+        return Fraction(sign + whole) + Fraction(sign + rest)
 
 
-def parse_tree(latex):
-    """The sympy tree of `latex`, not worked out: 6+6 is Add(6, 6). x < 3 is a set."""
-    settings = NormalizationConfig(malformed_operators=True)
-    tree = sympy.sympify(latex2sympy(latex, normalization_config=settings))
-    if isinstance(tree, sympy.FiniteSet) and len(tree) == 1:
-        return tree.args[0]
-    solvable = isinstance(tree, (sympy.Rel, sympy.And)) and len(tree.free_symbols) == 1
-    return tree.as_set() if solvable and not tree.has(sympy.Eq) else tree
+def judge(*texts):
+    """Whether two LaTeX texts have one value."""
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    from math_verify import grader, parser
+    from sympy import Expr, FiniteSet, simplify
+    signal.alarm(8)  # nothing else stops 9^{9^{9^9}}
+    try:
+        settings = parser.NormalizationConfig(malformed_operators=True)  # \frac12
+        gold, answer = [parser.latex2sympy(text, normalization_config=settings) for text in texts]
+        if isinstance(gold, Expr) and isinstance(answer, Expr):
+            return simplify(gold - answer) == 0
+        if isinstance(gold, FiniteSet) == isinstance(answer, FiniteSet):
+            return grader.sympy_expr_eq(gold, answer, 30, 30, allow_set_relation_comp=True)
+    except MemoryError:
+        signal.raise_signal(signal.SIGALRM)
+    except Exception:
+        pass
+    finally:
+        signal.alarm(0)
 
 
-def value(tree, seed):
-    """The value of an expression at a random point, exact where it can be."""
-    tree = sympy.nsimplify(tree.doit(), rational=True)
-    point = {symbol: sympy.Rational(random.Random(symbol.name + seed).uniform(-3, 3))
-             for symbol in tree.free_symbols}
-    return tree.xreplace({**point, sympy.Symbol("i"): sympy.I})
-
-
-def same_value(gold, answer):
-    """Whether two expressions agree at three points: exactly, or to 25 digits of their size."""
-    for seed in "abc":
-        left, right = value(gold, seed), value(answer, seed)
-        error = left - right
-        if error if error.is_Rational else abs(sympy.N(error / left, 30)) > 1e-25:
-            return False
-    return True
-
-
-def same(gold, answer):
-    """Whether two trees have one value: lists in any order, points in theirs."""
-    if all(isinstance(tree, sympy.Expr) and not tree.is_Matrix for tree in (gold, answer)):
-        return gold == answer or same_value(gold, answer)
-    if type(gold) is not type(answer) or len(gold.args) != len(answer.args) or not gold.args:
-        return gold == answer
-    if isinstance(gold, sympy.Eq) and gold.free_symbols:  # one a multiple of the other
-        ratio = (gold.lhs - gold.rhs) / (answer.lhs - answer.rhs)
-        return value(ratio, "a") != 0 and same_value(ratio, value(ratio, "a"))
-    if isinstance(gold, (sympy.FiniteSet, sympy.Union, sympy.And)):
-        both_ways = (gold.args, answer.args), (answer.args, gold.args)
-        return all(any(same(one, other) for other in right)
-                   for left, right in both_ways for one in left)
-    return all(map(same, gold.args, answer.args))
-
-
-def serve():
-    """Print a verdict for each question read, made by a child that has a second of CPU time."""
-    for text in (r"\sqrt{2x^2}-\pi", "(-3,4]", r"\{1,2\}", "y=2x", "x<1", "(1,2)", r"\frac{1}{2}"):
-        parse_tree(text)  # fills the parser's caches, which children inherit
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
-            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-            right = False
-            try:
-                gold, answer = map(parse_tree, json.loads(line))
-                if isinstance(answer, sympy.Number) or not isinstance(gold, sympy.Number):
-                    right = same(gold, answer)
-            finally:
-                os._exit(not right)  # whatever was raised
-        print(int(os.waitpid(child, 0)[1] == 0), flush=True)
-
-
-@functools.cache
-def math_worker():
-    """A process with math-verify, because a tower of powers can only be stopped by ending it."""
-    source = "import json, os, random, resource, sys, sympy\n"
-    source += "from math_verify.parser import NormalizationConfig, latex2sympy\n"
-    source += "".join(map(inspect.getsource, (parse_tree, value, same_value, same, serve)))
-    # In a session of its own: Ctrl-C is not for it.
-    return subprocess.Popen([sys.executable, "-c", source + "serve()"], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-
-
-worker_lock = threading.Lock()
-
-
-def same_latex(gold, answer):
-    """Whether the worker says that two LaTeX texts have one value."""
-    with worker_lock:
-        print(json.dumps([gold, answer]), file=math_worker().stdin, flush=True)
-        return math_worker().stdout.readline() == "1\n"
+def same_value(*texts):
+    """What `judge` says in a process of its own. If that dies, another is asked."""
+    judge.__module__ = "__main__"  # loky then sends its code: no torch there
+    multiprocessing.current_process().daemon = False  # a Pool's could start none
+    own = {"PYTHONSAFEPATH": "1", "PARENT": str(os.getpid())}  # not a fork's
+    known = r"\frac{x}{2}", "0.5x"
+    for question in [texts, texts, texts, known]:
+        pool = loky.get_reusable_executor(1, env=own)
+        try:
+            return pool.submit(judge, *question).result() and question != known
+        except (loky.BrokenProcessPool, ImportError, AttributeError) as error:
+            if "SIGALRM" in str(error):  # its limit
+                return False
+            trouble = error
+        except BaseException:  # Ctrl-C, a time limit: it may be busy
+            pool.shutdown(kill_workers=True)
+            raise
+    raise UserError(f"expected math-verify to work in a process, got {trouble!r:.300}")
 
 
 def grade(task, completion, gold):
-    """1.0 if each answer that `completion` states equals `gold`, else 0.0.
+    """1.0 if `completion` states the value of `gold` last, else 0.0.
 
     >>> grade("gsm8k", "#### $1,234", "1234"), grade("math", r"\\boxed{0.5}", r"\\frac12")
     (1.0, 1.0)
     """
-    if task not in ("arithmetic", "gsm8k", "math"):
-        raise ValueError(f"grade: expected arithmetic, gsm8k or math, got {task}")
-    answers = stated_answers(task, completion)
-    return float(bool(answers) and all(equal(task, gold, answer) for answer in answers))
+    if task not in TASKS:
+        raise ValueError(f"grade: expected {', '.join(TASKS)}, got {task}")
+    answer = stated_answer(task, completion)
+    if not answer or len(answer) > 300:
+        return 0.0
+    for pattern, new in REWRITE:
+        gold, answer = re.sub(pattern, new, gold), re.sub(pattern, new, answer)
+    if gold.casefold() == answer.casefold():
+        return 1.0
+    if "=" not in gold and re.search(r"\d ?[a-z](?![a-z]| ?\d).*=", answer):  # 2x = 12
+        return 0.0
+    wanted = stated_number(gold)
+    if wanted is not None:  # 6+6 = 12 states 12, 13 = 12 does not
+        values = [stated_number(side) for side in re.split("[=:]", answer)]
+        return float(values[-1] == wanted and {*values} <= {None, wanted})
+    if re.search(r"\d_|^[a-zA-Z ]{3,}$", gold):  # a number base, a word
+        return 0.0
+    if "=" not in gold and answer.count("=") == 1:
+        answer = answer.partition("=")[2]
+    return 1.0 if same_value(gold, answer) else 0.0
 
 
 # ---- model and prompts
 
-# lead: what a chat writes before a solution; stop: ids of end tokens, first that of solutions
-Policy = namedtuple("Policy", "model tokenizer lead stop")
+Policy = namedtuple("Policy", "model tokenizer stop")  # stop: ids of the end tokens
 PLAIN_CHAT = """{{ bos_token }}{% for turn in messages %}{% if turn.role == 'user' %}\
 Question: {{ turn.content }}
 Answer:{% else %} {{ turn.content }}{{ eos_token }}
@@ -500,7 +438,8 @@ def built_in_model(seed):
         eos_token_id=1, initializer_range=0.1))  # the usual 0.02 is for wide models
     return model, transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-        chat_template="{{ messages | map(attribute='content') | join(' ') }}")
+        chat_template="{{ messages | map(attribute='content') | join(' ') }}"
+                      "{{ '' if add_generation_prompt else ' <eos>' }}")
 
 
 def load_model(name, device, seed):
@@ -510,15 +449,18 @@ def load_model(name, device, seed):
             model, tokenizer = built_in_model(seed)
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True)
+            if missing := sorted(found["missing_keys"]):
+                raise ValueError(f"no weights for {len(missing)} of its parts, {missing}")
         rows, eos = len(model.get_input_embeddings().weight), tokenizer.eos_token_id
         if len(tokenizer) > rows or eos is None:
             raise ValueError(f"{len(tokenizer)} tokens for {rows} embeddings, end token {eos}")
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT
+    with expecting(f"a chat template for user and assistant of --model {name}"):
+        chat = tokenizer.apply_chat_template(turns("QUESTION", "ANSWER"), tokenize=False)
+        tail = re.search("(?s)QUESTION.*ANSWER(.*)", chat)[1]
     # A chat may end a turn with another token than eos; the generation config may name more.
-    asked, answered = render(tokenizer, ["?"]), render(tokenizer, ["?", "ANSWER"])
-    shared = len(os.path.commonprefix([asked, answered]))
-    lead, _, tail = answered[shared:].partition("ANSWER")
     ends = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"][:1]
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     more = model.generation_config.eos_token_id or eos
@@ -528,30 +470,47 @@ def load_model(name, device, seed):
         torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
         torch.cpu.get_capabilities().get("avx512_bf16", False) and device == "cpu")
     model.to(device).eval()  # for good: dropout would move the ratio before any update
-    return Policy(model, tokenizer, lead, stop)
+    return Policy(model, tokenizer, stop)
 
 
-def render(tokenizer, turns):
-    """The text of a chat in which user and assistant take turns; after a user it asks for more."""
+def turns(*texts):
+    """A chat of user and assistant."""
     roles = itertools.cycle(["user", "assistant"])
-    chat = [dict(role=role, content=text) for role, text in zip(roles, turns)]
-    with expecting(f"a chat template for user and assistant of --model {tokenizer.name_or_path}"):
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=len(turns) % 2 == 1)
-        if turns[-1].strip() not in text:
-            raise ValueError("a text without what was said")
-    return text
+    return [dict(role=role, content=text) for role, text in zip(roles, texts)]
 
 
 def encode(policy, problems, examples):
     """The problems with their token ids; examples: in front of each question."""
-    def ids(texts):  # a chat template writes its own special tokens
-        return policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
     shots = [text for example in examples for text in (example.question, example.solution)]
-    prompts = ids([render(policy.tokenizer, [*shots, problem.question]) for problem in problems])
-    targets = ids([policy.lead + problem.solution for problem in problems])
-    return [problem._replace(prompt=prompt, target=[*target, policy.stop[0]])
-            for problem, prompt, target in zip(problems, prompts, targets)]
+    asked = [turns(*shots, problem.question) for problem in problems]
+    answered = [turns(*shots, problem.question, problem.solution) for problem in problems]
+    with expecting("a chat template that takes every problem"):
+        prompts, chats = (policy.tokenizer.apply_chat_template(
+            part, add_generation_prompt=part is asked, return_dict=False)
+            for part in (asked, answered))
+    return [problem._replace(prompt=prompt, target=target_of(policy, prompt, chat))
+            for problem, prompt, chat in zip(problems, prompts, chats)]
+
+
+def target_of(policy, prompt, chat):
+    """What a chat says behind its prompt, to the end of the turn; None if it begins otherwise."""
+    answer = chat[len(prompt):] + policy.stop[:1]
+    ends = [place for place, token in enumerate(answer) if token in policy.stop]
+    return answer[:ends[0] + 1] if chat[:len(prompt)] == prompt else None
+
+
+def check_lengths(args, policy, data):
+    """Raises UserError unless the model can read and write all of it."""
+    room = getattr(policy.model.config, "max_position_embeddings", math.inf)
+    longest = max(len(p.prompt) for part in data.values() for p in part) + args.max_new_tokens
+    if args.warmup_steps:
+        if any(p.target is None for p in data["train"]):
+            raise UserError("expected, for --warmup-steps, a chat template whose answer follows "
+                            f"its prompt; that of --model {args.model} changes the prompt")
+        longest = max(longest, *(len(p.prompt) + len(p.target) for p in data["train"]))
+    if longest > room:
+        raise UserError(f"expected prompts and solutions of at most {room} tokens, what --model can"
+                        f" read, got {longest}; lower --shots or --max-new-tokens")
 
 
 # ---- rollouts, log-probabilities and entropy
@@ -559,6 +518,13 @@ def encode(policy, problems, examples):
 
 def mixed_precision(model):
     return torch.autocast(model.device.type, torch.bfloat16, model.mixed)
+
+
+class Cache(transformers.DynamicCache):
+    """Keeps keys as precise as values: rotary positions make them fp32 under autocast."""
+
+    def update(self, key, value, *args, **options):
+        return super().update(key.to(value.dtype), value, *args, **options)
 
 
 def forward(model, cache, ids, attention):
@@ -574,56 +540,55 @@ def forward(model, cache, ids, attention):
 
 def pad(rows, device, side):
     """Lists of token ids as one tensor (B, longest), -1 where there is none."""
-    rows = [torch.tensor(row, device=device) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1, padding_side=side)
+    rows = [torch.tensor(row) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1, padding_side=side)
+    return padded.to(device)
 
 
 def prefill(model, prompts):
-    """Runs B prompts, equal neighbours once, through the model.
-
-    Returns the key-value cache, the hidden state (B, H) that predicts the first completion token,
-    and the attention mask (B, L).
-    """
+    """Runs B prompts, equal neighbours once: (cache, last hidden state (B, H), attention mask)."""
     groups = [[*same] for _, same in itertools.groupby(prompts)]
     ids = pad([same[0] for same in groups], model.device, "left")
-    cache, attention = transformers.DynamicCache(config=model.config), (ids >= 0).long()
+    cache, attention = Cache(config=model.config), (ids >= 0).long()
     hidden = forward(model, cache, ids, attention)[:, -1]
-    sizes = torch.tensor([len(same) for same in groups], device=model.device)
-    rows = torch.repeat_interleave(sizes)
+    rows = [row for row, same in enumerate(groups) for _ in same]
+    rows = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(rows)
     return cache, hidden[rows], attention[rows]
 
 
-def head_logits(model, hidden):
+def head_logits(model, hidden, temperature):
     """(B, H) -> (B, V) in fp32: bf16 would put 2 % of noise on the ratio, as much as a bound."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return model.get_output_embeddings()(hidden)
+        return model.get_output_embeddings()(hidden) / temperature
 
 
 Rollouts = namedtuple("Rollouts", "tokens mask logprobs entropies")  # each (B, T)
 
 
 @torch.no_grad()
-def sample(policy, prompts, max_new_tokens, rng, temperature=1):
+def sample(policy, prompts, max_new_tokens, rng, temperature):
     """A completion of each of B prompts from the full softmax; temperature 0 is greedy.
 
-    The mask includes the end token; an entropy is that of the softmax a token came from, in nats.
+    The policy is the softmax of logits / temperature, in rollouts and scores alike. The mask
+    includes the end token; an entropy is that of the softmax a token came from, in nats.
     """
     model, B, device = policy.model, len(prompts), policy.model.device
     stop = torch.tensor(policy.stop, device=device)
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
-    tokens, (logprobs, entropies) = mask.long(), torch.zeros(2, *mask.shape, device=device)
+    tokens = torch.full((B, max_new_tokens), -1, device=device)
+    logprobs, entropies = torch.zeros(2, *tokens.shape, device=device)
     rows = torch.arange(B, device=device)  # completions that go on
     with mixed_precision(model):  # around the loop: weights are cast once
         cache, hidden, attention = prefill(model, prompts)
         for t in range(max_new_tokens):
-            logp = head_logits(model, hidden).log_softmax(-1)
+            logp = head_logits(model, hidden, temperature or 1).log_softmax(-1)
             # One number per completion, ended or not, so that no draw depends on others.
             u = torch.rand(B, 1, generator=rng, device=device)[rows]
             cdf = logp.exp().cumsum(-1)
             drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+            drawn = drawn.clamp(max=logp.shape[1] - 1)  # V where there is NaN
             token = drawn if temperature else logp.argmax(-1)
-            tokens[rows, t], mask[rows, t] = token, True
+            tokens[rows, t] = token
             logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
             entropies[rows, t] = torch.special.entr(logp.exp()).sum(-1)
             keep = (~torch.isin(token, stop)).nonzero()[:, 0]
@@ -634,24 +599,30 @@ def sample(policy, prompts, max_new_tokens, rng, temperature=1):
                 rows, token, attention = rows[keep], token[keep], attention[keep]
             attention = F.pad(attention, (0, 1), value=1)
             hidden = forward(model, cache, token[:, None], attention)[:, -1]
-    return Rollouts(*(x[:, :t + 1] for x in (tokens, mask, logprobs, entropies)))
+    if not logprobs.isfinite().all():
+        raise UserError("expected finite log-probabilities, got others; lower --learning-rate or "
+                        "--warmup-rate in another --out")
+    mask = tokens >= 0
+    return Rollouts(*(x[:, :t + 1] for x in (tokens * mask, mask, logprobs, entropies)))
 
 
-def sample_and_grade(policy, args, problems, group_size, key, temperature=1):
+def sample_and_grade(policy, args, problems, group_size, key, temperature):
     """Rollouts, their texts, and 0/1 rewards (P, G)."""
     device = policy.model.device
     problems = [problem for problem in problems for _ in range(group_size)]  # one a row
     rng = torch.Generator(device).manual_seed(seeded(*key).getrandbits(62))
     prompts = [problem.prompt for problem in problems]
-    rollouts = sample(policy, prompts, args.max_new_tokens, rng, temperature)
-    written = [tokens[mask] for tokens, mask in zip(rollouts.tokens, rollouts.mask)]
+    with fitting("lower --prompts-per-step or --group-size in another --out"):
+        rollouts = sample(policy, prompts, args.max_new_tokens, rng, temperature)
+    lengths = rollouts.mask.sum(1).tolist()
+    written = [row[:length] for row, length in zip(rollouts.tokens.tolist(), lengths)]
     texts = policy.tokenizer.batch_decode(
         written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     rewards = [grade(args.task, text, problem.answer) for text, problem in zip(texts, problems)]
     return rollouts, texts, torch.tensor(rewards, device=device).view(-1, group_size)
 
 
-def score(model, prompts, tokens, mask, rows, micro_batch_tokens):
+def score(model, prompts, tokens, mask, rows, micro_batch_tokens, temperature):
     """Yields (some of `rows`, their log-probabilities (b, T), 0 where the mask is false).
 
     prompts: one per row of tokens and mask (B, T); equal neighbours are run once. Call backward()
@@ -659,46 +630,52 @@ def score(model, prompts, tokens, mask, rows, micro_batch_tokens):
     """
     if not rows:
         return
-    head, rows = model.get_output_embeddings(), torch.tensor(rows, device=tokens.device)
+    head, lengths = model.get_output_embeddings(), mask.sum(1).tolist()
     options = torch.nn.LinearCrossEntropyOptions(  # torch makes the logits chunk by chunk
         batch_chunk_size=max(1, LOGITS_AT_ONCE // len(head.weight)))
-    longest = max(len(prompts[i]) for i in rows) + int(mask[rows].sum(1).max())
-    for i in rows.split(max(1, micro_batch_tokens // longest)):
-        T, on = int(mask[i].sum(1).max()), mask[i]
+    longest = max(len(prompts[row]) for row in rows) + max(lengths[row] for row in rows)
+    at_once = max(1, micro_batch_tokens // longest)
+    for start in range(0, len(rows), at_once):
+        part = rows[start:start + at_once]
+        T, i = max(lengths[row] for row in part), torch.tensor(part, device=tokens.device)
+        on = mask[i]
         with mixed_precision(model):
-            cache, first, attention = prefill(model, [prompts[row] for row in i])
+            cache, first, attention = prefill(model, [prompts[row] for row in part])
             attention = F.pad(attention, (0, T), value=1)
             # The state at t predicts token t; padding on the right is never looked at.
             rest = forward(model, cache, tokens[i, :T], attention)[:, :-1]
-        states = torch.cat([first[:, None], rest], 1)[on[:, :T]]
-        losses = F.linear_cross_entropy(states, head.weight, tokens[i][on], linear_bias=head.bias,
+        states = torch.cat([first[:, None], rest], 1)[on[:, :T]] / temperature
+        bias = None if head.bias is None else head.bias / temperature
+        losses = F.linear_cross_entropy(states, head.weight, tokens[i][on], linear_bias=bias,
                                         reduction="none", options=options)
         yield i, torch.zeros(on.shape, device=on.device).masked_scatter(on, -losses)
 
 
-def check_model(policy, name):
+def check_model(policy, name, temperature):
     """Raises UserError unless rollouts, scores and a gradient are those of the plain forward.
 
-    Models that scale their logits, or whose state padding spoils, would silently train wrong.
+    Models that scale their logits, or whose state padding spoils, would train wrong.
     """
     model, weight = policy.model, policy.model.get_input_embeddings().weight
     prompts = [[2, 3]] * 3 + [[*range(1, 13)]] * 3
     policy = policy._replace(stop=[*range(0, len(weight), 3)])  # many, so that rows leave
+    wanted = (f"--model {name} to do with a cache and padding what it does without, as "
+              "Llama, Qwen2, Qwen3, Mistral, Phi or GPT-2 do")
     mixed, model.mixed = model.mixed, False
-    with expecting(f"--model {name} to do with a cache and padding what it does without, as "
-                   "Llama, Qwen2, Qwen3, Mistral, Phi or GPT-2 do"):
+    with expecting(wanted):
         rng = torch.Generator(model.device).manual_seed(0)
-        tokens, mask, old, _ = sample(policy, prompts, 12, rng)
-        (_, scores), = score(model, prompts, tokens, mask, range(6), 10**6)
+        tokens, mask, old, _ = sample(policy, prompts, 12, rng, temperature)
+        (_, scores), = score(model, prompts, tokens, mask, range(6), 10**6, temperature)
         plain = torch.zeros_like(old)
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt + tokens[i, mask[i]].tolist()], device=model.device)
-            logits, n = model(input_ids=ids).logits[0, :-1], len(prompt)
+            logits, n = model(input_ids=ids).logits[0, :-1] / temperature, len(prompt)
             plain[i, mask[i]] = -F.cross_entropy(logits[n - 1:], ids[0, n:], reduction="none")
         right, got = (torch.autograd.grad(x.sum(), weight)[0] for x in (plain, scores))
-        unit = right.abs().max()
-        torch.testing.assert_close((old, scores, got / unit), (plain, plain, right / unit),
-                                   rtol=0, atol=1e-3)
+        errors = old - plain, scores - plain, (got - right) / right.abs().max()
+        worst = max(float(error.detach().abs().max()) for error in errors)
+    if not worst < 1e-3:
+        raise UserError(f"expected {wanted}, got scores or gradients that are off by {worst:.1g}")
     model.mixed = mixed
 
 
@@ -709,12 +686,11 @@ def make_optimizer(model):
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-def apply_gradients(model, optimizer, learning_rate, updates_done):
+def apply_gradients(model, optimizer, learning_rate):
     """One update, unless the gradient is not finite. Returns its norm."""
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
     if math.isfinite(norm):
-        warmth = min(1.0, (updates_done + 1) / LR_WARMUP_UPDATES)
-        optimizer.param_groups[0]["lr"] = learning_rate * warmth
+        optimizer.param_groups[0]["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -729,7 +705,7 @@ def count_by_correct(log_ratio, mask, right, A, low, high):
     """The BY_CORRECT sums of each row, (7, b)."""
     ratio, count = log_ratio.exp(), mask.sum(1)
     below, above = etr.clipped_tokens(ratio, A[:, None], low[:, None], high[:, None])
-    kl = ratio - 1 - log_ratio  # the k3 estimator
+    kl = log_ratio.expm1() - log_ratio  # the k3 estimator
     sums = [(value * mask).sum(1) for value in (above, below, kl, ratio)]
     radius = torch.where(right, high, low)  # the right are clipped above, the wrong below
     return torch.stack([count * right, count * ~right, *sums, count * radius**2])
@@ -737,61 +713,69 @@ def count_by_correct(log_ratio, mask, right, A, low, high):
 
 def flip(rewards, share, rng):
     """A dishonest verifier: this share of the 0/1 rewards is wrong."""
-    lies = torch.tensor([rng.random() < share for _ in range(rewards.numel())]).view(rewards.shape)
-    return torch.where(lies.to(rewards.device), 1 - rewards, rewards)
+    lies = rewards.new_tensor([rng.random() < share for _ in range(rewards.numel())])
+    return (rewards - lies.view(rewards.shape)).abs()
 
 
-def train_step(args, arm, seed, step, policy, optimizer, problems):
+def cut_batch(args, rng):
+    """The groups 0..P-1 in at most MINIBATCHES parts, the same in every pass over the batch."""
+    P = args.prompts_per_step
+    parts, order = min(MINIBATCHES, P, args.updates_per_step), rng.sample(range(P), P)
+    return [sorted(order[part::parts]) for part in range(parts)]
+
+
+def train_step(args, arm, seed, step, optimizer, policy, problems):
     """One rollout batch and its updates: (metrics, a few rollouts as text)."""
     started, P, G = time.perf_counter(), args.prompts_per_step, args.group_size
     # 1. roll out: which prompts depends on seed and step, never on the arm
     batch = seeded("prompts", seed, step).sample(problems, P)
-    rollouts, texts, rewards = sample_and_grade(policy, args, batch, G, ("rollout", seed, step))
+    rollouts, texts, rewards = sample_and_grade(
+        policy, args, batch, G, ("rollout", seed, step), args.temperature)
     rewards = flip(rewards, args.flip_rewards, seeded("flips", seed, step))
     tokens, mask, old, _ = rollouts  # row i is completion i % G of prompt i // G
-    prompts = [problem.prompt for problem in batch for _ in range(G)]
-
-    def scored(groups):  # without those that have no advantage, so no gradient
-        rows = [i for g in groups for i in range(g * G, g * G + G) if A[g * G] != 0]
-        return score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens)
-
     # 2. advantages, 3. to 5. the trust region: the one line in which arms differ
     advantages = etr.group_advantages(rewards)
     bounds = ARMS[arm].rule(rewards, advantages, args.clip)
     A, low, high = (x.flatten() for x in (advantages, *bounds))
-    if policy.model.mixed:  # in bf16, token by token and all at once differ: use one path
-        with torch.no_grad():
-            for i, logprobs in scored(range(P)):
-                old[i] = logprobs
     # 6. loss, and 7. several updates per rollout batch
+    prompts = [problem.prompt for problem in batch for _ in range(G)]
+    lengths, teaches = mask.reshape(P, -1).sum(1).tolist(), advantages.any(1).tolist()
+
+    def scored(groups):  # without those that have no advantage, so no gradient
+        rows = [i for g in groups if teaches[g] for i in range(g * G, g * G + G)]
+        return score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens,
+                     args.temperature)
+    parts = cut_batch(args, seeded("minibatches", seed, step))
+    if policy.model.mixed:  # bf16 rounds by composition: score the old ones in the same parts
+        with torch.no_grad():
+            for i, logprobs in itertools.chain(*map(scored, parts)):
+                old[i] = logprobs
     right, correct = rewards.flatten() > 0, rewards.sum(1).long().repeat_interleave(G)
     sums, norms = torch.zeros(len(BY_CORRECT), G + 1, device=mask.device), []
-    rng, cuts = seeded("minibatches", seed, step), min(MINIBATCHES, P, args.updates_per_step)
     for update in range(args.updates_per_step):
-        if update % cuts == 0:
-            order = rng.sample(range(P), P)  # a new one for each pass over the batch
-        groups = sorted(order[update % cuts::cuts])
-        size = mask.unflatten(0, (P, G))[groups].sum()
+        groups = parts[update % len(parts)]
+        size = sum(lengths[g] for g in groups)
         for i, logprobs in scored(groups):
             loss, _ = etr.surrogate_loss(logprobs, old[i], A[i], low[i], high[i], mask[i], size)
             loss.backward()
             sums.index_add_(1, correct[i], count_by_correct(
                 logprobs.detach() - old[i], mask[i], right[i], A[i], low[i], high[i]))
-        done = (step - 1) * args.updates_per_step + update
-        norms.append(apply_gradients(policy.model, optimizer, args.learning_rate, done))
-    metrics = step_metrics(step, rollouts, rewards, sums, norms, time.perf_counter() - started)
-    return metrics, show(step, batch, texts, rewards)
+        done = (step - 1) * args.updates_per_step + update + 1
+        rate = args.learning_rate * min(1.0, done / LR_WARMUP_UPDATES)
+        norms.append(apply_gradients(policy.model, optimizer, rate))
+    metrics = step_metrics(step, started, rollouts, rewards, sums, norms)
+    return metrics, show(f"step {step}", batch, texts, rewards)
 
 
-def show(step, batch, texts, rewards):
-    """Four of the rollouts, for samples.txt."""
-    G, rewards = len(texts) // len(batch), rewards.flatten()
-    shown = range(0, len(texts), max(1, len(texts) // 4))
-    return "".join(f"step {step}, reward {int(rewards[i])}\n{batch[i // G].question}\n"
+def show(title, batch, texts, rewards):
+    """Five of the completions, for samples.txt."""
+    G, rewards = len(texts) // len(batch), rewards.flatten().tolist()
+    shown = range(0, len(texts), max(1, len(texts) // 5))[:5]
+    return "".join(f"{title}, reward {rewards[i]:.0f}\n{batch[i // G].question}\n"
                    f">>> {texts[i]}\n\n" for i in shown)
 
 
-def step_metrics(step, rollouts, rewards, sums, norms, seconds):
+def step_metrics(step, started, rollouts, rewards, sums, norms):
     finite = [norm for norm in norms if math.isfinite(norm)]
     if not finite:
         raise UserError(f"expected a finite gradient in step {step}; lower --learning-rate")
@@ -802,54 +786,57 @@ def step_metrics(step, rollouts, rewards, sums, norms, seconds):
         step=step, reward_mean=float(rewards.mean()),
         entropy=float(rollouts.entropies.sum()) / sampled,
         clip_fraction=low + high, clip_fraction_low=low, clip_fraction_high=high,
-        ratio_mean=total["ratio"] / trained, approx_kl=total["kl"] / trained,
+        ratio_mean=total["ratio"] / trained or None, approx_kl=total["kl"] / trained,
         frac_reward_zero_std=float((rewards == rewards[:, :1]).all(1).float().mean()),
         completion_length_mean=sampled / rewards.numel(), grad_norm=sum(finite) / len(finite),
-        updates_skipped=len(norms) - len(finite), tokens_per_second=sampled / seconds,
+        updates_skipped=len(norms) - len(finite),
+        tokens_per_second=sampled / (time.perf_counter() - started),
         by_correct=dict(zip(BY_CORRECT, sums.tolist())))
 
 
 # ---- warm start and evaluation
 
 
-def warmup_step(args, seed, step, policy, optimizer, problems):
-    """One supervised step on worked solutions. Returns its metrics."""
+def warmup_step(args, seed, step, optimizer, policy, problems):
+    """One supervised step on worked solutions: (metrics, "")."""
     batch = seeded("warmup", seed, step).choices(problems, k=args.warmup_batch)
     batch.sort(key=lambda problem: len(problem.prompt))  # less padding
     prompts, rows = [problem.prompt for problem in batch], range(len(batch))
     tokens = pad([problem.target for problem in batch], policy.model.device, "right")
     mask, total = tokens >= 0, 0.0
-    for _, logprobs in score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens):
+    for _, logprobs in score(
+            policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens, temperature=1):
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
         total += float(loss.detach())
-    rate = args.warmup_rate * (1 - 0.9 * step / args.warmup_steps)  # to end at rest
-    apply_gradients(policy.model, optimizer, rate, step - 1)
-    return dict(step=step, loss=total)
-
-
-def pass_at_k(samples, correct, k):
-    """Unbiased estimate of the chance that one of k is right (Chen et al. 2021, eq. 1).
-
-    >>> pass_at_k(8, 1, 1), pass_at_k(8, 1, 8)
-    (0.125, 1.0)
-    """
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+    rise = step / min(LR_WARMUP_UPDATES, args.warmup_steps / 10)
+    fall = 1 - 0.9 * step / args.warmup_steps  # to end at rest
+    apply_gradients(policy.model, optimizer, args.warmup_rate * min(1.0, rise) * fall)
+    return dict(step=step, loss=total), ""
 
 
 def evaluate(args, seed, policy, data, splits):
-    """{SPLIT_pass1, _greedy, _passk, _passk_curve} for each of `splits`."""
-    scores, n = {}, EVAL_SAMPLES
+    """({SPLIT_pass1, _greedy, _passk, _right} for each of `splits`, some greedy answers as text).
+
+    SPLIT_right: how many of its samples are right, for each problem. All samples are drawn, so
+    the unbiased estimate of pass@k at k = EVAL_SAMPLES is the share with a right one.
+    """
+    scores, text = {}, ""
     for split in splits:
         greedy, right = [], []
-        for start in range(0, len(data[split]), EVAL_AT_ONCE):
-            part, key = data[split][start:start + EVAL_AT_ONCE], (split, seed, start)
-            greedy += sample_and_grade(policy, args, part, 1, key, temperature=0)[2].tolist()
-            right += sample_and_grade(policy, args, part, n, key)[2].sum(1).int().tolist()
-        curve = [float(np.mean([pass_at_k(n, c, k) for c in right])) for k in range(1, n + 1)]
-        scores |= {f"{split}_pass1": curve[0], f"{split}_greedy": float(np.mean(greedy)),
-                   f"{split}_passk": curve[-1], f"{split}_passk_curve": curve}
-    return scores
+        # No more rows at once than a rollout batch has.
+        at_once = max(1, args.prompts_per_step * args.group_size // EVAL_SAMPLES)
+        for start in range(0, len(data[split]), at_once):
+            part, key = data[split][start:start + at_once], (split, seed, start)
+            _, texts, rewards = sample_and_grade(policy, args, part, 1, key, temperature=0)
+            greedy += rewards.flatten().tolist()
+            text += "" if start else show(f"{split}, greedy", part, texts, rewards)
+            rewards = sample_and_grade(policy, args, part, EVAL_SAMPLES, key, args.temperature)[2]
+            right += rewards.sum(1).int().tolist()
+        scores |= {f"{split}_pass1": float(np.mean(right)) / EVAL_SAMPLES,
+                   f"{split}_greedy": float(np.mean(greedy)),
+                   f"{split}_passk": float(np.mean(np.array(right) > 0)), f"{split}_right": right}
+    return scores, text
 
 
 # ---- runs that survive interruption
@@ -869,19 +856,21 @@ def writing(path):  # every library has its own error for a full disk
     return expecting(f"to write {path} (mend that, then add --resume)")
 
 
-def train(folder, model, steps, eval_every, one_step):
+def train(folder, model, steps, one_step):
     """Calls one_step(step, optimizer) -> (metrics, text) for each of `steps`; returns all metrics.
 
-    Writes both to `folder`, with a checkpoint every `eval_every` steps, from which it continues.
+    Writes both to `folder`, with a checkpoint now and then, from which it continues.
     """
     optimizer, checkpoint = make_optimizer(model), folder / "checkpoint.pt"
     lines, samples = [], ""
     if checkpoint.exists():
         with expecting(f"a whole {checkpoint}"):
-            weights, moments, lines, samples = torch.load(checkpoint, map_location=model.device)
+            weights, moments, lines, samples = torch.load(checkpoint, map_location="cpu")
             model.load_state_dict(weights)
             optimizer.load_state_dict(moments)
+            del weights, moments  # three times the model
     folder.mkdir(exist_ok=True)
+    saved, cost = time.perf_counter(), 0.0
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds between lines of a log file
     bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause,
                miniters=1, delay=pause)
@@ -892,8 +881,10 @@ def train(folder, model, steps, eval_every, one_step):
         samples += text
         save(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         save(folder / "samples.txt", samples)
-        if step == steps[-1] or step % eval_every == 0 or stopping:
+        now = time.perf_counter()
+        if step == steps[-1] or SAVING * (now - saved) >= cost or stopping:
             save(checkpoint, (model.state_dict(), optimizer.state_dict(), lines, samples))
+            saved, cost = time.perf_counter(), time.perf_counter() - now
         if stopping:
             raise KeyboardInterrupt
         shown = {"loss", "reward_mean", "entropy"} & metrics.keys()
@@ -908,23 +899,24 @@ def run_arm(args, arm, seed, data):
         return
     policy = load_model(args.model, args.device, seed)
 
-    def warm_start(step, optimizer):
-        metrics, splits = dict(step=0), ["eval", "test"] * (step == args.warmup_steps)
-        if step:
-            metrics = warmup_step(args, seed, step, policy, optimizer, data["train"])
-        return metrics | evaluate(args, seed, policy, data, splits), ""
+    def stage(name, steps, eval_every, start, take_step):
+        """Trains, and evaluates now and then; `start`: the metrics of step 0."""
+        def one_step(step, optimizer):
+            metrics, text = start | dict(step=0), ""
+            if step:
+                with fitting("lower --micro-batch-tokens and add --resume"):
+                    metrics, text = take_step(step, optimizer)
+            last = step == steps
+            splits = ["eval"] * (last or step > 0 == step % eval_every) + ["test"] * last
+            scores, answers = evaluate(args, seed, policy, data, splits)
+            return metrics | scores, text + answers
+        return train(args.out / name, policy.model, range(steps + 1), one_step)
 
-    def one_step(step, optimizer):
-        if step == 0:
-            return dict(before, step=0), ""
-        metrics, text = train_step(args, arm, seed, step, policy, optimizer, data["train"])
-        last = step == args.steps
-        splits = ["eval"] * (last or step % args.eval_every == 0) + ["test"] * last
-        return metrics | evaluate(args, seed, policy, data, splits), text
-
-    shared = args.out / f"warmup-seed{seed}"  # trained once, for all arms
-    *_, before = train(shared, policy.model, range(args.warmup_steps + 1), 100, warm_start)
-    train(folder, policy.model, range(args.steps + 1), args.eval_every, one_step)
+    *_, warm = stage(  # once, for all arms
+        f"warmup-seed{seed}", args.warmup_steps, args.warmup_steps + 1, {},
+        lambda *at: warmup_step(args, seed, *at, policy, data["train"]))
+    stage(folder.name, args.steps, args.eval_every, warm,
+          lambda *at: train_step(args, arm, seed, *at, policy, data["train"]))
     with writing(folder):
         for part in (policy.tokenizer, policy.model):
             part.save_pretrained(folder / "model.tmp")
@@ -932,7 +924,11 @@ def run_arm(args, arm, seed, data):
     (folder / "checkpoint.pt").unlink()
 
 
-def open_out(args, **about):
+# Arms and seeds have folders of their own, and smaller micro-batches change no result.
+FREE = {"algos", "seed", "seeds", "micro_batch_tokens", "out", "resume"}
+
+
+def open_out(args, problems, **about):
     """Makes --out and writes its config.json, unless it holds another run. Returns its lock."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = open(args.out / "lock", "w")  # given up when the process ends, however it ends
@@ -940,16 +936,18 @@ def open_out(args, **about):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"expected no other process in --out {args.out}") from None
-    path = args.out / "config.json"
-    given = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    path, given = args.out / "config.json", vars(args) | dict(out=str(args.out), problems=problems)
     if path.exists() and not args.resume:
         raise UserError(f"expected no run in --out {args.out}; add --resume or name another")
-    with expecting(f"arguments in {path}"):
-        stored = json.loads(path.read_text())["arguments"] if path.exists() else given
-        changed = [f"{name} was {stored.get(name)}, is {value}" for name, value in given.items()
-                   if stored.get(name) != value]
-    if changed:
-        raise UserError(f"expected the arguments of the run, but {'; '.join(changed)}")
+    if path.exists():
+        with expecting(f"the arguments of a run in {path}"):
+            old = dict(json.loads(path.read_text())["arguments"])
+        changed = [f"{name} {old.get(name)} instead of {value}" for name, value in given.items()
+                   if name not in FREE and old.get(name) != value]
+        if changed:
+            raise UserError(f"expected, to continue {args.out}, {'; '.join(changed)}")
+    elif any(args.out.glob("*-seed*")):
+        raise UserError(f"expected {path} beside the runs there; name another --out")
     save(path, json.dumps(dict(arguments=given, **about), indent=1) + "\n")
     return lock
 
@@ -965,16 +963,17 @@ TABLE = ("{arm:11s} {seed:4d}  {pass1_before:.3f} -> {pass1_after:.3f}  {greedy_
          "{entropy_last:.3f}  {clip_fraction_mean:.1%}")
 
 
-def read_metrics(folder):
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+def read_metrics(args, arm, seed):
+    path = args.out / f"{arm}-seed{seed}" / "metrics.jsonl"
+    with expecting(f"whole lines of metrics in {path}"):
+        return [json.loads(line) for line in path.open()] if path.exists() else []
 
 
 def load_runs(args):
     """{arm: one list of metrics per seed}, of runs that have made a step."""
     runs = {}
     for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
-        lines = read_metrics(args.out / f"{arm}-seed{seed}")
+        lines = read_metrics(args, arm, seed)
         if len(lines) > 1:
             runs.setdefault(arm, []).append(lines)
     return runs
@@ -989,24 +988,20 @@ def mean_and_band(curves):
 
 
 def panel(axis, curves, title, xlabel, ylabel=""):
-    """Mean and band of {name: one {x: y} per seed}, each named at its right end."""
+    """Mean and band of {arm: one {x: y} per seed}, each named at its right end."""
     ends = []
-    for name, seeds in curves.items():
+    for arm, seeds in curves.items():
         x, mean, half = mean_and_band(seeds)
-        color = ARMS[name].color if name in ARMS else "#777777"
+        color = ARMS[arm].color
         axis.plot(x, mean, color=color, lw=2.5)
         axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.18, lw=0)
-        if x:
-            ends.append((mean[-1], x[-1], name, color))
+        ends += [(mean[-1], x[-1], arm, color)] if x else []
+    for rank, (y, x, arm, color) in enumerate(sorted(ends)):
+        up = 14 * (rank - (len(ends) - 1) / 2)  # points: names do not meet where ends do
+        axis.annotate(arm, (x, y), xytext=(6, up), textcoords="offset points", va="center",
+                      color=color, weight="bold", annotation_clip=False)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axis.set_ylim(bottom=0)
-    ends, heights = sorted(ends), []  # of the names, pushed apart where ends meet
-    for y, *_ in ends:
-        heights.append(max(y, heights[-1] + 0.065 * axis.get_ylim()[1]) if heights else y)
-    up = (sum(heights) - sum(y for y, *_ in ends)) / max(1, len(ends))
-    for height, (_, x, name, color) in zip(heights, ends):
-        axis.annotate(name, (x, height - up), xytext=(6, 0), textcoords="offset points",
-                      va="center", color=color, weight="bold", annotation_clip=False)
 
 
 def over_steps(runs, name):
@@ -1043,16 +1038,12 @@ def draw(args):
         return
     n = min(map(len, runs.values()))
     caption = f"{n} seeds, bands: 95 % interval of the mean" if n > 1 else "1 seed: no bands"
-    accuracy, entropy = over_steps(runs, "eval_pass1"), over_steps(runs, "entropy")
+    accuracy = over_steps(runs, "eval_pass1")
     means = {arm: mean_and_band(seeds)[1] for arm, seeds in accuracy.items()}
-    moved = [f"{arm} {mean[0]:.2f} to {mean[-1]:.2f}" for arm, mean in means.items()]
-    uniform = math.log(json.loads((args.out / "config.json").read_text())["vocabulary"])
-    if uniform < 2 * max(max(curve.values()) for seeds in entropy.values() for curve in seeds):
-        entropy["ln|V|"] = [{0: uniform, args.steps: uniform}]  # a policy of pure noise
-    picture(
-        args.out / "accuracy_entropy.png", f"{args.task}, pass@1: {', '.join(moved)}", caption, 2,
-        (accuracy, "Held-out accuracy", "step", "pass@1"),
-        (entropy, "Policy entropy", "step", "nats per token"))
+    moved = ", ".join(f"{arm} {mean[0]:.2f} to {mean[-1]:.2f}" for arm, mean in means.items())
+    picture(args.out / "accuracy_entropy.png", f"{args.task}, pass@1: {moved}", caption, 2,
+            (accuracy, "Held-out accuracy", "step", "pass@1"),
+            (over_steps(runs, "entropy"), "Policy entropy", "step", "nats per token"))
 
     clipped = {arm: np.mean([line["clip_fraction"] for lines in seeds for line in lines[1:]])
                for arm, seeds in runs.items()}
@@ -1069,24 +1060,20 @@ def draw(args):
 
 
 def report(args):
-    """Saves results.json and prints it as a table."""
-    seeds = range(args.seed, args.seed + args.seeds)
-    warmups = [read_metrics(args.out / f"warmup-seed{seed}") for seed in seeds]
-    warmup = sum(line["seconds"] for lines in warmups for line in lines)
-    results = dict(task=args.task, total_seconds=warmup, warmup_seconds=warmup, arms={})
+    """Saves results.json, a row per run, and prints it as a table."""
+    rows = []
     print(HEAD)
-    for arm, seeds in load_runs(args).items():
-        results["arms"][arm] = []
-        for seed, (first, *lines) in enumerate(seeds, args.seed):
-            row = dict(seed=seed, seconds=sum(line["seconds"] for line in lines),
+    for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
+        with expecting(f"all metrics of the finished run {args.out}/{arm}-seed{seed}"):
+            first, *lines = read_metrics(args, arm, seed)
+            row = dict(arm=arm, seed=seed, seconds=sum(line["seconds"] for line in lines),
                        clip_fraction_mean=float(np.mean([x["clip_fraction"] for x in lines])),
                        entropy_first=lines[0]["entropy"], entropy_last=lines[-1]["entropy"])
             for when, line in (("before", first), ("after", lines[-1])):
                 row |= {f"{name[5:]}_{when}": line[name] for name in line if name[:5] == "test_"}
-            results["arms"][arm].append(row)
-            results["total_seconds"] += row["seconds"]
-            print(TABLE.format(arm=arm, **row))
-    save(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+            print(TABLE.format(**row))
+        rows.append(row)
+    save(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
     print(f"\nIn {args.out}: accuracy_entropy.png, mechanism.png, results.json")
 
 
@@ -1097,26 +1084,26 @@ def run(args):
     if args.model == "built-in" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more would wait for each other
     problems, policy = load_problems(args), load_model(args.model, args.device, args.seed)
-    check_model(policy, args.model)
+    check_model(policy, args.model, args.temperature)
     examples = problems.pop("examples")
     data = {split: encode(policy, part, examples) for split, part in problems.items()}
-    longest = max(len(problem.prompt) for part in data.values() for problem in part)
-    room = getattr(policy.model.config, "max_position_embeddings", math.inf) - longest
-    if args.max_new_tokens > room:
-        raise UserError(f"expected --max-new-tokens up to {room}, which the longest prompt leaves")
-    lock = open_out(
-        args, device=torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-        vocabulary=len(policy.model.get_output_embeddings().weight),
-        parameters=policy.model.num_parameters(), threads=torch.get_num_threads(),
-        problems={split: len(part) for split, part in data.items()},
+    check_lengths(args, policy, data)
+    lock = open_out(  # other data, another tokenizer or template are other problems
+        args, problems=hashlib.sha256(repr(data).encode()).hexdigest(),
+        device=torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        threads=torch.get_num_threads(), sizes={split: len(data[split]) for split in data},
         versions=dict(torch=torch.__version__, transformers=transformers.__version__))
     del policy  # one model in memory at a time
-    for seed in range(args.seed, args.seed + args.seeds):
-        for arm in args.algos:
-            run_arm(args, arm, seed, data)
+    with lock:
+        try:
+            for seed in range(args.seed, args.seed + args.seeds):
+                for arm in args.algos:
+                    run_arm(args, arm, seed, data)
+                    draw(args)
+        except KeyboardInterrupt:
             draw(args)
-    report(args)
-    lock.close()
+            raise
+        report(args)
 
 
 def on_interrupt(*_):
@@ -1130,19 +1117,21 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stopping.clear()
-    signal.signal(signal.SIGINT, on_interrupt)
+    ours = threading.current_thread() is threading.main_thread()  # others can't catch Ctrl-C
+    before = signal.signal(signal.SIGINT, on_interrupt) if ours else None
     try:
-        run(args)
+        with fitting("take a smaller --model"):
+            run(args)
         return 0
     except KeyboardInterrupt:
-        draw(args)
         message, code = f"stopped; the same command with --resume continues {args.out}", 130
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "expected more GPU memory; lower --micro-batch-tokens and name another --out"
     except OSError as error:
         message = f"expected to write in {args.out}, got {error}; then add --resume"
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
     print(f"train_small.py: {message}", file=sys.stderr)
     return code
 
