@@ -5,6 +5,7 @@ import doctest
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import threading
 import time
 import weakref
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "plots"))
@@ -165,16 +167,6 @@ def test_accumulation_is_exact_with_the_denominator_and_wrong_as_a_mean_of_means
     else:
         means = torch.cat([run(*piece)[1] * rows / 8 for piece in pieces])
         assert (means - gradient).norm() > 0.05 * gradient.norm()
-
-
-def test_loss_and_gradient_equal_the_numbers_recorded_from_verl():
-    """By compute_policy_loss of verl 0.9.1, low and high as columns, clip_ratio_c=1e9."""
-    new = torch.tensor([[-0.6, -1.0, -1.9, -3.0], [-0.4, -1.6, -0.35, -2.1]])
-    old = torch.tensor([[-1.0, -0.5, -2.0, -1.5], [-0.7, -1.2, -0.3, -2.5]])
-    A, low, high = torch.tensor([[1.5, -0.5], [0.1, 0.04], [0.6, 0.2]])
-    loss, gradient, stats = run(new, old, A, low, high, torch.tensor([[1, 1, 1, 0], 4 * [1]]))
-    assert [loss, stats[0], *gradient.flatten()] == pytest.approx([
-        -0.346350, 2 / 7, -0.319677, -0.129971, -0.236822, 0, 0.096418, 0, 0, 0.106559], abs=1e-6)
 
 
 @table("padding", [nan, -inf, inf, 1e30])
@@ -393,10 +385,7 @@ def test_the_verl_block_has_the_loss_of_etr_and_with_scale_1_of_verl():
     assert all(map(torch.equal, verl("etr", "etr"), grpo))
 
 
-# ---- train_small.py
-
-
-# ------------------------------------------------------------------ train_small.py: the parts
+# ---- train_small.py: the parts
 
 
 @pytest.fixture(scope="module")
@@ -443,10 +432,10 @@ def tied_with_bias(policy):
     return policy._replace(model=model)
 
 
-@pytest.mark.parametrize("budget, chunk", [(1, 2**24), (200, 3000), (10**6, 1)])
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("heat", [1.0, 0.6])
+@table("budget, chunk", [(1, 2**24), (200, 3000), (10**6, 1)])
+@table("tied", [False, True])
+@table("mixed", [False, True])
+@table("heat", [1.0, 0.6])
 def test_rollouts_scores_and_gradient_are_those_of_the_plain_forward(
         warm, monkeypatch, budget, chunk, tied, mixed, heat):
     monkeypatch.setattr(ts, "LOGITS_AT_ONCE", chunk)
@@ -468,12 +457,12 @@ def test_rollouts_scores_and_gradient_are_those_of_the_plain_forward(
         assert 0 < (gap.exp() - 1 - gap).mean() < 1e-3
         assert torch.cosine_similarity(got, slope, dim=0) > 0.995
     else:
-        torch.testing.assert_close(scores, expected[0], atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(torch.stack(sampled), expected, atol=2e-5, rtol=1e-5)
-        torch.testing.assert_close(got, slope, atol=1e-4 * slope.abs().max(), rtol=1e-3)
+        close(scores, expected[0], atol=2e-5, rtol=1e-5)
+        close(torch.stack(sampled), expected, atol=2e-5, rtol=1e-5)
+        close(got, slope, atol=1e-4 * slope.abs().max(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
+@table("mixed", [False, True])
 def test_before_the_first_update_the_ratio_is_one_in_bf16_exactly(warm, monkeypatch, mixed):
     monkeypatch.setattr(ts, "apply_gradients", lambda *_: 1.0)
     monkeypatch.setattr(warm[1].model, "mixed", mixed)
@@ -535,19 +524,16 @@ def step_of(warm, arm, optimizer=ts.make_optimizer, **changes):
     return metrics, flat(model.parameters()) - before
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_with_one_update_per_batch_nothing_is_clipped_and_etr_is_grpo(warm, monkeypatch, mixed):
-    monkeypatch.setattr(warm[1].model, "mixed", mixed)
+def test_with_one_update_per_batch_nothing_is_clipped_and_etr_is_grpo(warm):
     for updates in 1, 8:
         changes = dict(updates_per_step=updates, learning_rate=1e-3)
         (metrics, grpo), (_, elastic) = (step_of(warm, arm, **changes) for arm in ("grpo", "etr"))
         assert torch.equal(grpo, elastic) == (metrics["clip_fraction"] == 0) == (updates == 1)
-        assert updates > 1 or metrics["ratio_mean"] == pytest.approx(1, abs=1e-4)
 
 
 def test_a_step_does_not_depend_on_the_micro_batch_and_its_sums_add_up(warm):
     (metrics, whole), (_, cut) = (step_of(warm, "etr", micro_batch_tokens=n) for n in (4096, 300))
-    torch.testing.assert_close(whole, cut, atol=1e-5, rtol=1e-3)
+    close(whole, cut, atol=1e-5, rtol=1e-3)
     total = {name: sum(sums) for name, sums in metrics["by_correct"].items()}
     tokens = total["tokens_right"] + total["tokens_wrong"]
     for name, mean in ("clipped_right", "clip_fraction_high"), ("kl", "approx_kl"):
@@ -564,7 +550,7 @@ def test_groups_with_equal_rewards_are_not_run_and_change_nothing(warm):
     metrics, change = step_of(
         warm, "etr", lambda model: torch.optim.SGD(model.parameters()), updates_per_step=1,
         learning_rate=20)  # 1 after the warm-up
-    torch.testing.assert_close(change, slope / max(1, slope.norm()), atol=1e-5, rtol=1e-3)
+    close(change, slope / max(1, slope.norm()), atol=1e-5, rtol=1e-3)
     run = metrics["by_correct"]["tokens_right"] + metrics["by_correct"]["tokens_wrong"]
     assert sum(run) == (rollouts.mask * (A != 0)).sum() < rollouts.mask.sum()
 
@@ -579,7 +565,7 @@ def test_a_non_finite_update_is_skipped_and_a_step_of_them_ends_the_run(warm, mo
         step_of(warm, "grpo", updates_per_step=1)
 
 
-# -------------------------------------------------------------------- train_small.py: runs
+# ---- train_small.py: runs
 
 TINY = """--steps 4 --prompts-per-step 8 --group-size 4 --updates-per-step 4 --learning-rate 2e-3
     --eval-problems 4 --test-problems 4 --train-problems 64 --warmup-steps 60 --warmup-batch 32
@@ -593,6 +579,10 @@ def main(out, *more):
 def start(out, *flags, **options):
     argv = [sys.executable, ts.__file__, *flags, "--out", str(out), "--resume"]
     return subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, **options)
+
+
+def last_words(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def left_by(out):
@@ -656,7 +646,7 @@ def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(undisturbed, t
         assert process.poll() is None
         time.sleep(0.05)
     assert main(tmp_path, "--resume") == 2
-    assert "no other process" in capsys.readouterr().err.splitlines()[-1]
+    assert "no other process" in last_words(capsys)
     process.send_signal(signal.SIGINT)
     assert "--resume" in process.communicate()[1].splitlines()[-1]
     assert process.returncode == 130 and (tmp_path / "mechanism.png").exists()
@@ -704,7 +694,7 @@ def test_evaluation_has_no_more_rows_than_a_rollout_batch(warm, monkeypatch, cap
     scores, _ = ts.evaluate(args, 0, policy, dict(eval=problems[:20]), ["eval"])
     assert sum(rows) == 20 * 9 and max(rows) <= 64 and len(scores["eval_right"]) == 20
     right = np.array(scores["eval_right"])
-    assert (scores["eval_pass1"], scores["eval_passk"]) == (right.mean() / 8, (right > 0).mean())
+    close((scores["eval_pass1"], scores["eval_passk"]), (right.mean() / 8, (right > 0).mean()))
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(undisturbed, tmp_path):
@@ -725,10 +715,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturb
             *((text, "--resume", "config.json") for text in ("", "[1]", '{"arguments": 1}'))):
         config.write_text(text)
         assert main(undisturbed, *flags.split()) == 2
-        assert words in capsys.readouterr().err.splitlines()[-1]
+        assert words in last_words(capsys)
     config.unlink()
     assert main(undisturbed, "--resume") == 2
-    assert "config.json beside" in capsys.readouterr().err.splitlines()[-1]
+    assert "config.json beside" in last_words(capsys)
     config.write_text(kept)
     assert left_by(undisturbed) == before
     for stray in "grpo-seed0 (copy)", "foo-seed3", "warmup-seed0 (copy)":
@@ -749,12 +739,12 @@ def test_more_seeds_and_arms_join_a_finished_run_and_each_row_has_its_own_number
     for text in "", metrics.read_text()[:-9]:
         metrics.write_text(text)
         assert main(out, "--resume", "--seeds", "2") == 2
-        assert "grpo-seed0" in capsys.readouterr().err.splitlines()[-1]
+        assert "grpo-seed0" in last_words(capsys)
 
 
 def test_a_rate_that_ruins_the_weights_is_one_sentence(tmp_path, capsys):
     assert main(tmp_path, "--learning-rate", "1e30") == 2
-    assert "lower --learning-rate" in capsys.readouterr().err.splitlines()[-1]
+    assert "lower --learning-rate" in last_words(capsys)
 
 
 def test_main_gives_ctrl_c_back_and_runs_in_a_thread(tmp_path):
@@ -776,7 +766,7 @@ def test_the_import_survives_a_notebooks_backend_and_help_shows_the_tasks_defaul
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports that read it
 
 
-# ------------------------------------------------------ train_small.py: problems and models
+# ---- train_small.py: problems and models
 
 
 def test_arithmetic_problems_are_distinct_and_true():
@@ -805,7 +795,7 @@ def real_task(folder, task, *rows):
     return [*flags.split(), "--task", task, "--data", str(folder)]
 
 
-@pytest.mark.parametrize("task, levels", [
+@table("task, levels", [
     ("gsm8k", [1, 2, 3]), ("math", ["Level 1", "Level 2", "Level 3"]), ("math", [1, 2, 3.0])])
 def test_problems_are_split_without_overlap_by_number_and_level(tmp_path, task, levels):
     rows = [json.dumps(a_row(task, i, levels[i % 3])) for i in range(99, 159)]
@@ -831,8 +821,8 @@ WINDOW = dict(sliding_window=8)
 MORE = dict(Mistral=WINDOW, Gemma2=WINDOW, Gemma3Text=WINDOW, Zamba2=dict(num_hidden_layers=54))
 
 
-@pytest.mark.parametrize("name", RIGHT + WRONG)
-@pytest.mark.parametrize("tied", [False, True])
+@table("name", RIGHT + WRONG)
+@table("tied", [False, True])
 def test_a_model_trains_right_or_is_refused(name, tied):
     config = getattr(transformers, f"{name}Config", None) or pytest.skip("a later transformers")
     config = config(**SIZE | MORE.get(name, {}), tie_word_embeddings=tied)
@@ -873,7 +863,7 @@ def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys):
         weights = {key: value for key, value in weights.items() if name not in key}
         safetensors.torch.save_file(weights, folder / "model.safetensors", dict(format="pt"))
         assert ts.main([*argv, str(folder)]) == 2
-        message = capsys.readouterr().err.splitlines()[-1]
+        message = last_words(capsys)
         assert name in message and str(folder) in message
 
 
@@ -889,7 +879,7 @@ def test_a_warm_start_learns_the_tokens_of_the_whole_chat(tmp_path):
     assert problem.prompt + problem.target == whole
 
 
-@pytest.mark.parametrize("template, prompt, target", [
+@table("template, prompt, target", [
     (None, "Question: 4\nAnswer:", " 5<eos>"),
     (CHATML, "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n ", "5<|im_end|>"),
     (CHATML.replace("{{ turn.content", "{{ '# ' * (turn.role != 'user') + turn.content"),
@@ -920,7 +910,7 @@ TEMPLATES = [
     "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML]
 
 
-@pytest.mark.parametrize("words, flags, text, changes", [
+@table("words, flags, text, changes", [
     *((case.split(": ")[1], case.split(": ")[0], None, {}) for case in ARGUMENTS.split(";")),
     *(("in line 2 of", "", text, {}) for text in ROWS),
     *(("chat template", "", "", dict(template=template)) for template in TEMPLATES),
@@ -928,7 +918,7 @@ TEMPLATES = [
     ("at most 15 tokens", "", "", dict(max_position_embeddings=15)),
     ("at most 13 tokens", "--warmup-steps 1 --max-new-tokens 1", "",
      dict(max_position_embeddings=13)),
-    ("answer follows", "--warmup-steps 1", "", dict(template=THINK)),
+    ("right behind its prompt", "--warmup-steps 1", "", dict(template=THINK)),
     ("among 1, got [99]", "--levels 99", "", {})])
 def test_a_mistake_gets_one_sentence_before_anything_is_written(
         words, flags, text, changes, capsys, tmp_path):
@@ -940,13 +930,13 @@ def test_a_mistake_gets_one_sentence_before_anything_is_written(
         code = ts.main([*argv, *flags.split()])
     except SystemExit as stop:  # argparse
         code = stop.code
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = last_words(capsys)
     assert code == 2 and message.startswith("train_small.py: ") and words in message
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task, row", [("gsm8k", GSM8K % 18), ("math", MATH % "3.0")])
-@pytest.mark.parametrize("how", ["--warmup-steps", "--shots"])
+@table("task, row", [("gsm8k", GSM8K % 18), ("math", MATH % "3.0")])
+@table("how", ["--warmup-steps", "--shots"])
 def test_a_real_task_runs_with_model_and_data_from_folders(tmp_path, task, row, how):
     argv = real_task(tmp_path, task, row) + ["--model", save_model(tmp_path / "model")]
     assert ts.main([*argv, how, "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
@@ -965,7 +955,7 @@ def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, 
     monkeypatch.setattr(ts, "warmup_step", full)
     flags = "--train-problems 64 --device cpu --out".split()
     assert ts.main([*flags, str(tmp_path)]) == 2
-    assert "--micro-batch-tokens" in capsys.readouterr().err.splitlines()[-1]
+    assert "--micro-batch-tokens" in last_words(capsys)
 
 
 def test_a_bar_in_a_log_prints_at_most_a_line_every_half_minute(monkeypatch, capsys, tmp_path):
@@ -1004,141 +994,99 @@ DATA = Path(__file__).resolve().parent.parent / "shared/data"
 # A line holds the gold answer and then answers, all right or all wrong.
 MATH_RIGHT = r"""
 42 ; \displaystyle 42 ; {42} ; (42) ; 42\quad ; \boldsymbol{42} ; \textcolor{red}{42} ; x = 42
-42 ; f(x)=42 ; AB=42 ; x_1=42 ; \text{ans} = 42 ; \text{Answer: }42 ; \theta=42 ; P(A)=42 ; m+n=42
-42 ; 42. ; 42.0 ; \$42 ; 42\text{ cm} ; -(-42) ; 42\text{ sq. units} ; $42$ ; \angle ABC=42
-\frac{1}{2} ; 0.5 ; .5 ; 1/2 ; \frac12 ; \dfrac{1}{2} ; {1\over2} ; \cfrac{1}{2} ; ½
-\frac{1}{2} ; \frac{{1}}{{2}} ; \frac{-1}{-2} ; \left(\frac12\right) ; \dfrac12 ; x=\frac12
-x=1,x=-2 ; -2,1 ; x=-2, x=1
-1,-2 ; x=1, x=-2 ; x=1 \text{ or } x=-2 ; \{-2,1\} ; -2 \text{ and } 1
-36\pi ; 36\pi\text{ cm}^2 ; 36\pi\text{ cm} ; 36π ; 36\pi\text{ sq. units}
-x^2+1 ; x²+1 ; f(x)=x^2+1 ; 1+x^2
+42 ; f(x)=42 ; AB=42 ; x_1=42 ; \text{Answer: }42 ; P(A)=42 ; m+n=42 ; 6 \times 7 = 42 ; \$42
+42 ; 42. ; 42.0 ; 42\text{ cm} ; $42$ ; \angle ABC=42 ; \color{blue}42 ; 42\text{ sq. units}
+20 ; 20\% ; 20% ; 20\text{ percent} ; 25 x 4 \div 5 = 20
+\frac{1}{2} ; 0.5 ; .5 ; 1/2 ; \frac12 ; \dfrac{1}{2} ; x=\frac12 ; \left(\frac12\right)
+1,-2 ; \{-2,1\} ; -2 \text{ and } 1 ; -2, 1
+36\pi ; 36\pi\text{ cm}^2 ; 36\pi\text{ cm} ; 36π ; V = 36\pi
+x^2+1 ; x²+1 ; f(x)=x^2+1 ; 1+x^2 ; \textcolor{red}{x^2+1} ; (x^2+1)
 2\sqrt{3} ; 2√3 ; \sqrt{12} ; 2\sqrt3
-(1,2) ; (x,y)=(1,2) ; (1, 2) ; \left(1,2\right) ; \bigl(1,2\bigr)
-\frac13 ; 0.\overline{3}
-(-\infty,3] ; x ≤ 3 ; x\le 3 ; x \leq 3 ; 3 \ge x ; (−∞, 3] ; x \in (-\infty,3]
-\frac72 ; 3 1/2 ; 3\frac12 ; 3½ ; 3.5
-\ln 2 ; \log_e 2
-45 ; 45\degree ; 45^\circ ; 45° ; 45^{\circ}
-\text{even} ; even ; \text{Even}
-\text{(A)} ; A ; \text{A} ; (A)
-10\sqrt{2} ; \sqrt{200}
-\frac{\pi}{4} ; \frac{\pi}{4}\text{ radians}
-1,2,3 ; 3, 2, 1
+(1,2) ; (x,y)=(1,2) ; (1, 2) ; \left(1,2\right)
+(-\infty,3] ; x ≤ 3 ; x\le 3 ; 3 \ge x ; x \in (-\infty,3]
+\frac72 ; 3 1/2 ; 3\frac12 ; 3.5 ; \frac{14}{4}
+45 ; 45\degree ; 45^\circ ; 45° ; 45^{\circ} ; 45^\circ\text{F}
+\text{(A)} ; A ; \text{A} ; (A) ; \textbf{(A)} ; {a}
 \begin{pmatrix}1\\2\end{pmatrix} ; \begin{bmatrix}1\\2\end{bmatrix}
-\begin{pmatrix}1\\2\end{pmatrix} ; \begin{pmatrix}1\\[4pt]2\end{pmatrix}
 4t ; t\cdot4 ; 4 t
-101_2 ; 101_2 ; 101_{2}
 2516_8 ; 2516_{8}
 1 \pm \sqrt{2} ; 1+\sqrt2,1-\sqrt2
-\frac{-1\pm\sqrt5}{2} ; \frac{-1+\sqrt5}{2},\frac{-1-\sqrt5}{2}
-10\% ; 10\% ; 10
-0.56 = 56\% ; 0.56=56\%
-\emptyset ; \varnothing
-2 \cdot 3^n ; 2·3^n
-10 ; 10\text{ cm} ; 10 cm
-1,000 ; 1000 ; 1{,}000
-x^2-1 ; (x-1)(x+1)
--\frac{3}{4} ; \frac{-3}{4}
-[-2,7] ; -2 \le x \le 7
-111, \! 111 ; 111111
-5 ; x=5
-y=2x+1 ; 2x+1 ; 1+2x=y ; y-2x=1
+1,000 ; 1000 ; 1{,}000 ; 1\,000 ; 1,\!000
+y=2x+1 ; 2x+1 ; 1+2x=y
 """
 MATH_WRONG = r"""
-12 ; 6+6 ; 3\times4 ; x=13=12 ; 12\% ; 12 or 13 ; \{12,13\} ; 12x ; \sqrt{144}
-12 ; 2x=12 ; 12\pi ; \binom{12}{1}
+12 ; 6+6 ; 3\times4 ; x=13=12 ; 12 or 13 ; \{12,13\} ; 12x ; \sqrt{144} ; 2x=12 ; 12\pi ; 13 = 12
+12 ; 12\text{ thousand} ; 12\text{ or 13} ; 12 dozens ; -(12) ; 1 2 ; 12!
+\pi ; \pi h ; 3.141593 ; 3.14159265358979323846 ; 2x=\pi
 4t ; 4 ; 4s
-\pi ; \pi h ; 3.141593 ; 3.14159265358979323846
-11_2 ; 11_3 ; 3
-101_2 ; 101 ; 101_3 ; 5
-2516_8 ; 2516
-31/2 ; 3 1/2
-42 ; 4 2
+11_2 ; 11_3 ; 3 ; 11
 \frac{1}{2004!} ; \frac1{2005!}
 10^{-40} ; 10^{-41} ; 0
-5 ; -5 ; 55
 (3,4) ; \{3,4\} ; 3,4 ; (4,3)
-(1,2,3) ; (3,2,1) ; 1,2,3
-1 ; 1 = 56\%
+(3,400) ; 3400 ; 400
 0.56 = 56\% ; 1 = 56\% ; 0.56 = 57\%
-172 ; 72
-72 ; 172
 2h ; 2m ; 2
-2^{10} ; 2^{11}
-1024 ; 2^{10}
-x+1 ; x-1 ; y+1
-1-2^{-2007} ; 1-2^{-2008}
-(1,2) ; (2,1) ; 1,2
+x+1 ; x-1 ; y+1 ; -(x+1)
 [0,1) ; [0,1] ; (0,1)
-\frac{1}{2} ; 2 ; 0.\overline{5}
+\frac{1}{2} ; 2 ; 0.\overline{5} ; 1:2
 \{1,2\} ; \{1\} ; 1,2,3
-2\sqrt{3} ; 2\sqrt{2}
-1,2 ; (1,2) ; 1
-\sqrt{2} ; 1.414214 ; -\sqrt{2}
-111, \! 111 ; 111
 (-\infty,3] ; x < 3 ; x \ge 3
 y=2x+1 ; y=2x-1 ; x=2y+1
 x^2+y^2=1 ; 1
 \text{east} ; \text{seat}
 """
 GSM8K_RIGHT = r"""
-#### 1234 ; #### 1,234 ; so #### $1,234 ; #### 1234. ; #### 1234.00 ; #### **1234** ; ####1234
-#### \boxed{1234} ; #### 1234 apples ; #### 1,234 dollars ; The answer is 1234. ; #### +1234
-The answer is: $1,234 ; \boxed{1,234} ; It is $\boxed{1234}$. ; #### 2468/2 ; #### \frac{2468}{2}
-**Answer:** 1234 ; *Answer:* 1234 ; **The answer is:** 1234 ; The answer is: | | **1234** | Bye.
-Final Answer: The final answer is 1234. I hope it is correct. ; #### ₹1234 ; #### 1234 m²
-#### 1234°C ; #### $1234/day ; #### 1234 miles per hour ; #### 1234% ; #### x = 1234
+#### 1234 ; so #### $1,234 ; #### 1234. ; #### 1234.00 ; #### **1234** ; ####1234 ; #### 1 234
+#### \boxed{1234} ; The answer is 1234. ; #### +1234 ; \boxed{1,234} dozens ; ### Answer: 1234
+The answer is: $1,234 ; #### 2468/2 ; #### \frac{2468}{2} ; **The answer is:** 1234 ; #### 1234 m²
+The answer is <answer> 1234 </answer> ; #### 1234</s> ; The final answer is 1234. I hope it is.
+#### 1234°C ; #### $1234/day ; #### 1234\% ; #### "1234" ; #### `1234` ; #### 1234€ ; #### 1234"
+#### Step 1: | 7 | #### 1234 ; <think>#### 7 \boxed{5}</think>#### 1234 ; #### 1234 clips, altogether
+#### 234 + 1000 = 1234 ; #### x = 1234
 """
 GSM8K_WRONG = r"""
- ; 1234 ; #### 123 ; #### 12345 ; #### -1234 ; #### 1.234 ; #### 1234 or 1235 ; #### 1234 #### 1235
-#### 1233 | #### 1234 ; #### 1000 + 234 ; #### 1234 thousand ; #### 1234 1234 ; #### x = 1235
-The total of 1234 is 12 ; \boxed{1} and \boxed{1234} ; #### 1234e0 ; #### one ; #### ; #### 1234/0
-#### not 1234 ; #### 1234 to 1240 ; #### 1, 234
+1234 ; #### 123 ; #### -1234 ; #### 1.234 ; #### 1234 or 1235 ; #### 1234 #### 1235 ; #### 1, 234
+\boxed{1} or \boxed{1234} ; #### 1000 + 234 ; #### 1234 thousand ; #### 1234 1234 ; #### 1234/0
+The total of 1234 is 12 ; #### 1234e0 ; #### ; #### 1234 and a half ; #### not 1234
+#### 1234 to 1240 ; #### 1 or 234 ; #### Sarah has 1234 pens.
 """
 
 
 def cases(table):
     """[(gold, answer)] of a table."""
-    rows = [re.split(" ; ", line) for line in table.strip("\n").split("\n")]
+    rows = [line.split(" ; ") for line in table.strip("\n").split("\n")]
     return [(row[0], answer) for row in rows for answer in row[1:]]
 
 
-@pytest.mark.parametrize("right, table", [(1.0, MATH_RIGHT), (0.0, MATH_WRONG)])
-def test_math_answers(right, table):
-    failed = [(gold, answer) for gold, answer in cases(table)
-              if ts.grade("math", f"No \\boxed{{7}}: so \\boxed{{{answer}}}.", gold) != right]
-    assert not failed
+def boxed(answer):
+    return f"No \\boxed{{7}}: so \\boxed{{{answer}}}."
 
 
-@pytest.mark.parametrize("right, table", [(1.0, GSM8K_RIGHT), (0.0, GSM8K_WRONG)])
-def test_gsm8k_answers(right, table):
-    texts = [text.replace("|", "\n") for text in re.split(" ; |\n", table[1:-1])]
+@table("right, rows", [(1.0, MATH_RIGHT), (0.0, MATH_WRONG)])
+def test_math_answers(right, rows):
+    wrong = [case for case in cases(rows) if ts.grade("math", boxed(case[1]), case[0]) != right]
+    assert not wrong
+
+
+@table("right, texts", [(1.0, GSM8K_RIGHT), (0.0, GSM8K_WRONG)])
+def test_gsm8k_answers(right, texts):
+    texts = [text.replace("|", "\n") for text in re.split(" ; |\n", texts.strip("\n"))]
     assert not [text for text in texts if ts.grade("gsm8k", text, "1,234") != right]
 
 
 CHANGE = [  # one symbol, and what is put in its place: another value
     (r"(?<![_\d.])[1-9](?!\d)", "0"), (r"\d(?=\d)", "77"), (r"^[1-9]\d*$", r"\g<0>0"),
-    (r"\+", "-"), (r"(?<=[\w)}])-", "+"), (r"^-", ""), (r"^(?=[1-9\\])", "-"),
-    (r"\\(?:le|ge)q?(?![a-z])", "="), ("<", ">"), (r"\[", "("), (r"^\((?!-\\inf)", "["),
-    (r"\\cup", r"\\cap"), (r"(?<![a-zA-Z\\])[abcnptxyz](?![a-zA-Z])", "q"), (r"\\pi", "e"),
-    (r"\\sqrt(?!\[)", ""), (r"\\sin", r"\\cos"), (r"\\frac", r"\\binom"), (r"=", "= 1 +"),
-    (r"\^\{?\d\}?", ""), (r"!", ""), (r"[1-9]$", r"\g<0>x"), (r"[1-9]$", r"\g<0>\\%"),
-    (r",", r",-77,"), (r"&", "& 1 +"), (r"i(?![a-z])", ""),
+    (r"\+", "-"), (r"(?<=[\w)}])-", "+"), (r"^-", ""), (r"^(?=[1-9\\])", "-"), (r"\[", "("),
+    (r"\\pi", "e"), (r"\\sqrt(?!\[)", ""), (r"\\frac", r"\\binom"), ("=", "= 1 +"),
+    (r"[1-9]$", r"\g<0>x"), (",", ",-77,"), ("&", "& 1 +"),
 ]
 KEEP = [  # a pattern, and what may be put in its place: the same value
-    (r"\\frac", r"\\dfrac"), (r"\\[dt]frac", r"\\frac"), (r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2"),
-    (r"^\\frac\{(\d+)\}\{(\d+)\}$", r"\1/\2"), (r"(?<!\\)(?=[+=,-])", " "),
-    ("-", "−"), ("$", "."),
-    (r"(?<=[+=,]) ?(?!\d{3})", " "), (r"(?<![\\a-z])[(]([^()]*)[)]", r"\\left(\1\\right)"),
-    (r"(?s)^(.*)$", r"$\1$"), (r"(?s)^([^\\].*)$", r"{\1}"),
-    (r"^", r"\\displaystyle "), (r"$", r"\\quad"),
-    (r"(?<=[\d}])$", r"\\text{ cm}^2"), (r"(?<=[\d}])$", r" \\text{ units}"), (r"\\pi", "π"),
-    (r"^([^=<>l]*)$", r"x_1=\1"), (r"^([^=<>l]*)$", r"f(x) = \1"), (r"^(-?\d+)$", r"\1.00"),
-    (r"^([^=<>lx]*)$", r"\\text{Answer: }\1"), (r"\\sqrt\{(\d+)\}", r"√\1"), (r"\\infty", "∞"),
-    (r"\^2(?!\d)", "²"), (r"^(\d) ?(?=[a-zA-Z]|\\pi|\\sqrt)", r"\1 \\cdot "),
-    (r"(?s)\{pmatrix(.*)pmatrix", r"{bmatrix\1bmatrix"), (r"^\\text\{([^{}]*)\}$", r"\1"),
-    (r"^([^-+,=(){}]+)\+([^-+,=(){}]+)$", r"\2+\1"), (r"\\\\", r"\\\\[2pt]"),
-    (r"^([^,()[\]{}=!]+), ([^,()[\]{}=!]+)$", r"\2,\1"), (r"^(\d{1,3})(?=\d{3}$)", r"\1,"),
+    (r"\\frac", r"\\dfrac"), (r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2"), ("-", "−"), ("$", "."),
+    (r"^\\frac\{(\d+)\}\{(\d+)\}$", r"\1/\2"), (r"(?<=[+=]) ?", " "), (r"(?s)^(.*)$", r"$\1$"),
+    (r"(?<![\\a-z])[(]([^()]*)[)]", r"\\left(\1\\right)"), (r"^", r"\\displaystyle "),
+    (r"(?<=[\d}])$", r"\\text{ cm}^2"), (r"^(-?\d+)$", r"\1.00"), (r"\^2(?!\d)", "²"),
+    (r"^([^=:<>l_]*)$", r"f(x) = \1"), (r"\\sqrt\{(\d+)\}", r"√\1"),
+    (r"^([^-+,=(){}]+)\+([^-+,=(){}]+)$", r"\2+\1"), (r"^(\d{1,3})(?=\d{3}$)", r"\1,"),
 ]
 
 
@@ -1154,56 +1102,54 @@ def rewritten(golds, rules, rng):
     return pairs
 
 
-def real_golds():
+def real(name):
     if not DATA.exists():
-        pytest.skip("needs real GSM8K and MATH in ../shared/data")
-    rows = [json.loads(line) for line in (DATA / "math/test.jsonl").open()]
-    golds = {ts.boxes(row["solution"])[-1] for row in rows} - {""}
-    rows = [json.loads(line) for line in (DATA / "gsm8k/test.jsonl").open()]
-    return sorted(golds), [row["answer"].rpartition("####")[2].strip() for row in rows]
+        pytest.skip("needs ../shared/data")
+    return [json.loads(line) for line in (DATA / name).open()]
 
 
 def test_real_golds_equal_themselves_and_what_is_written_for_them():
-    math, gsm8k = real_golds()
-    assert all(ts.grade("math", f"\\boxed{{{gold}}}", gold) == 1 for gold in math)
-    assert all(ts.grade("gsm8k", f"#### {gold}", gold) == 1 for gold in gsm8k)
+    math = {ts.stated_answer("math", row["solution"]) for row in real("math/test.jsonl")} - {""}
+    assert all(ts.grade("math", boxed(gold), gold) == 1 for gold in math)
+    gsm8k = [row["answer"] for row in real("gsm8k/test.jsonl")]
+    assert all(ts.grade("gsm8k", text, text.split("#### ")[1]) == 1 for text in gsm8k)
     rng = random.Random(0)
-    some = rng.sample([gold for gold in math if "mbox" not in gold and "text" not in gold[1:]], 100)
-    counts = []
+    some = rng.sample(sorted(gold for gold in math if "text" not in gold[1:]), 100)
     for rules in (CHANGE, KEEP):
         pairs = rewritten(some, rules, rng)
-        taken = [pair for pair in pairs if ts.grade("math", f"\\boxed{{{pair[1]}}}", pair[0])]
-        counts.append((len(taken), len(pairs)))
-        failed = taken if rules is CHANGE else set(pairs) - set(taken)
-        assert not failed, counts
-    print("changed and accepted, kept and accepted:", counts)
+        taken = [pair for pair in pairs if ts.grade("math", boxed(pair[1]), pair[0])]
+        assert len(pairs) > 300 and not (taken if rules is CHANGE else {*pairs} - {*taken})
 
 
-HOSTILE = ["9^{9^{9^{9^9}}}", "10^{10^{10}}!", "1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400",
-           "100000!!", "__import__('os').system('true')", "\x00", "\u202e21", "\\boxed{" * 3000,
-           "(" * 250, "1/0", "\\sqrt[9^9^9]{2}", "\\binom{10^9}{10^8}", "\\int_0^1 x^{x^{x^x}} dx",
-           "\\sum_{n=1}^{10^{12}} n^{n}", "12 or 13", "1,2,3,4", "\ud800", "∞", "\\infty-\\infty",
-           "½", "1_000", "0x10", "١٢", "(9^{9^{9^9}},1)", "x<9^{9^{9^9}}", "9^{9^{9^9}}=x"]
+def test_answers_that_real_models_wrote():
+    """At most 0.2 % (MATH 0.3 %) of the right ones are refused, no wrong one is accepted."""
+    refused, total = dict(math=0, gsm8k=0), dict(math=0, gsm8k=0)
+    for row in real("answers.jsonl"):
+        verdict = ts.grade(row["task"], row["answer"], row["gold"])
+        assert row["right"] or not verdict, row
+        total[row["task"]] += row["count"] * row["right"]
+        refused[row["task"]] += row["count"] * (row["right"] - verdict)
+    assert refused["math"] <= 0.003 * total["math"], refused
+    assert refused["gsm8k"] <= 0.002 * total["gsm8k"], refused
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_hostile_answers_earn_nothing_and_take_no_time(task):
-    for answer in HOSTILE:
-        box, line = f"\\boxed{{{answer}}}", f"#### {answer}"
-        for text in (box, line, f"{line}\n#### 12", answer * 3):
+HOSTILE = ["1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400", "__import__('os').abort()", "\x00",
+           "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "12 or 13", "\ud800", "½", "1_000",
+           "0x10", "١٢", "\\infty-\\infty", "x<9^{9^{9^9}}", "9^{9^{9^9}}=x"]
+
+
+def test_hostile_answers_earn_nothing_and_take_no_time():
+    for answer in [*HOSTILE, "9^{9^{9^{9^9}}}", "\\sum_{n=1}^{10^{12}} n^{n}"]:
+        for text in (f"\\boxed{{{answer}}}", f"#### {answer}", f"{answer}\n#### 13"):
             started = time.perf_counter()
-            for gold in ("12", "\\frac{x}{12}" if task == "math" else "0.7"):
-                assert ts.grade(task, text, gold) == 0.0, text[:60]
+            assert ts.grade("gsm8k", text, "12") == ts.grade("math", text, "12") == 0
+            assert ts.grade("math", text, "\\frac{x}{12}") == 0
             assert time.perf_counter() - started < 20, text[:60]  # a hang, not a slow machine
-    children = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "args="],
-                              capture_output=True, text=True).stdout
-    assert children.count("math_verify") <= 1
 
 
 PIECES = st.sampled_from(
     ["12", "13", "####", "\\boxed{", "}", "{", "\\frac", "^", "!", "_", " ", "\n", ",", ".", "$",
-     "%", "-", "/", "or", "=", "\\sqrt", "\x00", "\u202e", "answer is", "**",
-     "e9", "9" * 40, "\\text{"])
+     "%", "-", "/", "or", "=", "\\sqrt", "\x00", "\u202e", "answer is", "**", "9" * 40, "\\text{"])
 TEXTS = st.lists(PIECES, max_size=14).map("".join)
 
 
@@ -1222,31 +1168,106 @@ def test_the_math_verifier_answers_any_box_with_0_or_1(text):
 
 
 def test_where_the_answer_stands():
-    grade = ts.grade
-    assert grade("math", "\\boxed{3}, \\boxed{5}, \\boxed{7}", "3,5,7") == 1
-    assert grade("math", "$\\boxed{3}$ and $\\boxed{5}$", "3,5") == 1
-    assert grade("math", "\\boxed{3}. No, wait: \\boxed{5}", "5") == 1
-    assert grade("math", "\\boxed{3}. No, wait: \\boxed{5}", "3,5") == 0
-    assert grade("math", "\\boxed{5}\n\\boxed{5}", "5") == 1
-    assert grade("math", "**Answer:** $\\frac{1}{2}$.", "\\frac12") == 1
-    assert grade("math", "\\boxed{5} so \\boxed{5", "5") == 0
-    for gold in ("5", "\\frac12", "x+1"):
-        assert grade("math", gold, gold) == 0  # no box, no answer
-    assert ts.boxes("none") == [] and ts.boxes("\\boxed{}") == ts.boxes("\\boxed{5") == [""]
-    assert ts.boxes("so \\boxed 5") == ["5"]
-    with pytest.raises(ValueError, match="arithmetic, gsm8k or math"):
-        grade("maths", "5", "5")
+    stated = ts.stated_answer
+    assert stated("math", "\\boxed{3}, \\boxed{5} and $\\boxed{3}$") == "3, 5"
+    assert stated("math", "\\boxed{3}. No, wait: \\boxed {\\frac{1}{5}}") == "\\frac{1}{5}"
+    assert stated("math", "\\boxed{5} so \\boxed{5") == stated("math", "\\boxed{}") == ""
+    assert stated("math", "so \\boxed 5$") == "5"
+    for text in ("#### 5", "The answer is 5", "\\boxed{5}</think>"):
+        assert stated("math", text) is None
+    with pytest.raises(ValueError, match="expected arithmetic, gsm8k, math, got maths"):
+        ts.grade("maths", "5", "5")
+
+
+def verdict_is_right(number):
+    answer = f"\\boxed{{x+{number - number % 2}}}"
+    return ts.grade("math", answer, f"{number}+x") == 1 - number % 2
 
 
 def test_grading_works_from_any_thread():
-    found = []
-    work = [threading.Thread(target=lambda i=i: found.append(
-        ts.grade("math", f"\\boxed{{x+{i}}}", f"{i}+x"))) for i in range(8)]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join()
-    assert found == [1.0] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(verdict_is_right, range(32)))
+
+
+@table("error", [TimeoutError, KeyboardInterrupt])
+def test_an_exception_in_a_verdict_harms_no_other_verdict(error):
+    def strike(*_):
+        raise error
+    usual = signal.signal(signal.SIGALRM, strike)
+    try:
+        for number in range(12):
+            with pytest.raises(error):
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + number / 40)
+                while True:
+                    ts.grade("math", "\\boxed{x^{200}+1}", f"x+{number}")
+            assert verdict_is_right(number)
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+
+
+def test_a_fork_asks_its_own_process():
+    assert verdict_is_right(1)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        waiting = pool.map_async(verdict_is_right, range(40))
+        assert all(map(verdict_is_right, range(20)))
+        assert all(waiting.get(60))
+
+
+def workers(parent):
+    """The process ids of its children but for those that clean up after them."""
+    command = ["ps", "-o", "pid=,args=", "--ppid", str(parent)]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if "tracker" not in line and " ps " not in line]
+
+
+def test_a_process_that_was_killed_is_followed_by_another():
+    for number in range(4):
+        assert verdict_is_right(number)
+        for worker in workers(os.getpid()):
+            os.kill(worker, signal.SIGKILL)
+
+
+GRADES = """
+import sys
+sys.path.insert(1, sys.argv[1])
+import train_small as ts
+try:
+    print([ts.grade("math", "\\\\boxed{1+x}", gold) for gold in ("x+1", "x+2", "x/x+x")])
+except ts.UserError as error:
+    print(error)
+"""
+
+
+NAMES = "random.py json.py sympy.py math_verify.py fractions.py numbers.py".split()
+NO_LIMIT = "import resource\ndef fail(*_): raise ValueError\nresource.setrlimit = fail"
+MISSING = "raise ModuleNotFoundError(\"No module named 'math_verify'\")"
+
+
+@table("path, files, expected", [
+    ("", dict.fromkeys(NAMES, "x = 1"), r"\[1.0, 0.0, 1.0\]\n"),
+    (".", {"sitecustomize.py": NO_LIMIT}, r"\[1.0, 0.0, 1.0\]\n"),
+    (".", {"math_verify.py": MISSING}, "expected math-verify to work, got .*No module named.*\n"),
+], ids=["files named like modules", "no memory limit", "no math-verify"])
+def test_the_worker_works_or_says_why_not(tmp_path, path, files, expected):
+    for name, content in {**files, "main/grades.py": GRADES}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    shown = subprocess.run([sys.executable, "main/grades.py", HERE], text=True, cwd=tmp_path,
+                           capture_output=True, env={**os.environ, "PYTHONPATH": path}).stdout
+    assert re.fullmatch(expected, shown)
+
+
+def test_no_process_outlives_a_killed_parent():
+    code = "import train_small as ts; ts.grade('math', '\\\\boxed{9^{9^{9^9}}}', 'x')"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.DEVNULL)
+    while not (left := workers(parent.pid)):
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    started = time.perf_counter()
+    while any(Path(f"/proc/{pid}").exists() for pid in left):
+        assert time.perf_counter() - started < 60
+        time.sleep(0.1)
 
 
 # ---- plots/lab.py
@@ -1280,7 +1301,7 @@ def efficiency_by_enumeration(rule, rates, flip, chain, G=4):
     return gain**2 / (cost * best)
 
 
-@pytest.mark.parametrize("flip, chain", [(0, 1), (0.1, 1), (0, 2), (0.2, 2)])
+@table("flip, chain", [(0, 1), (0.1, 1), (0, 2), (0.2, 2)])
 def test_the_closed_form_is_what_enumeration_gives(flip, chain):
     rates = torch.tensor([0.1, 0.45, 0.8], dtype=torch.float64)
     for rule in etr.RULES:
@@ -1288,7 +1309,7 @@ def test_the_closed_form_is_what_enumeration_gives(flip, chain):
         assert lab.efficiency(rule, rates, flip, chain, group=4) == pytest.approx(counted, rel=1e-5)
 
 
-@pytest.mark.parametrize("chain", [1, 2])
+@table("chain", [1, 2])
 def test_accuracy_and_kl_of_two_actions_are_those_of_a_direct_count(chain, monkeypatch):
     monkeypatch.setattr(lab, "PROMPTS", 1)  # then a seed is one prompt
     setting = lab.Setting((0.3, 0.7), actions=2, right=1, chain=chain)
@@ -1307,7 +1328,7 @@ def test_all_rules_are_one_where_the_laboratory_clips_nothing():
                      for rule in etr.RULES} for eps in (1e3, 0.05))
     for rule in ("micro", "macro", "ETR"):
         assert wide[rule][1] == 0 < narrow[rule][1]
-        torch.testing.assert_close(wide[rule][0], wide["GRPO"][0])
+        close(wide[rule][0], wide["GRPO"][0])
         assert not torch.allclose(narrow[rule][0], narrow["GRPO"][0], atol=1e-4)
 
 

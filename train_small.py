@@ -27,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,6 +37,7 @@ if "ipykernel" not in sys.modules:
 import loky
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -62,7 +63,7 @@ ARMS = {
     "etr": Arm(elastic(1.0, 1.0), "#D55E00"),
     "micro": Arm(elastic(1.0, 0.0), "#E69F00"),
     "macro": Arm(elastic(0.0, 1.0), "#009E73"),
-    "clip-higher": Arm(elastic(0.0, 0.0, above=1.4), "#0072B2"),  # DAPO: 0.2 below, 0.28 above
+    "clip-higher": Arm(elastic(0.0, 0.0, above=1.4), "#0072B2"),  # DAPO: 0.2, 0.28
 }
 REAL = dict(
     model="Qwen/Qwen2.5-0.5B-Instruct", steps=100, updates_per_step=8, learning_rate=2e-6,
@@ -122,12 +123,12 @@ def add_flags(add):
     add("--data", help="folder with train.jsonl and test.jsonl, instead of the hub")
     add("--levels", type=natural, nargs="+", help="of MATH, or GSM8K's number of steps")
     add("--train-problems", type=natural, help="0: all")
-    add("--eval-problems", type=count, default=200, help="held out, for validation")
-    add("--test-problems", type=count, default=200, help="held out, for the final test")
+    add("--eval-problems", type=count, default=200, help="held out, on the way")
+    add("--test-problems", type=count, default=200, help="held out, for the end")
     # model and memory
     add("--model", help="hub id or folder")
     add("--device", choices={"cpu", device}, default=device)
-    add("--shots", type=natural, help="worked examples in a prompt; 2 without warm start")
+    add("--shots", type=natural, help="examples in a prompt; 2 without warm start")
     add("--temperature", type=number(float, 1e-3), default=1.0, help="divides the logits")
     add("--max-new-tokens", type=count, help="longest completion")
     add("--micro-batch-tokens", type=count, default=4096, help="lower it to save memory")
@@ -290,128 +291,120 @@ def load_problems(args):
 
 # ---- task: verifier
 
-MANY = r"(?! *(?:and|or|dozens?|hundred|thousand|[a-z]*illion|pi)\b)"  # no units
-UNIT = rf"(?i)(?<=[\d.}}]) *{MANY}(?:[a-z/]{{2,}}|[gml]\b)[a-z ,./-]*(?:\^[23])?$"
+MANY = r"(?! *(and|or|dozens?|hundred|thousand|\w*illion|pi)\b)"
+UNIT = rf"(?i)(?<=[\d.}}])\s*{MANY}([a-z/]{{2,}}|[gml]\b)[a-z ,./-]*(\^[23])?$"
 REWRITE = (
     ("[−–]", "-"), ("²", "^2"), (r"\{,\}", ","), (r"_\{(\d+)\}", r"_\1"),
     (r"√(\d+|\w)", r"\\sqrt{\1}"), (r"\\[dtc]frac", r"\\frac"),
-    (r"\\(?:text)?color *\{[^{}]*\}|\\(?:left|right|displaystyle|degree|[()[\]])", ""),
-    (r"\\?[$€£¥₹%]|\*\*|`|°[CF]?| *\\! *|\^ *\{? *\\circ *\}?", ""),
-    (r"(?<!\\)\\(?:[,;: ]|q?quad)|~|\s", " "),
-    # behind a value \text{...} is its unit, elsewhere a font
-    (rf"(?<=[\w)}}]) *\\(?:text|mbox|mathrm) *\{{{MANY}[^{{}}\d]*\}}[\^{{\d}}.]*$", ""),
-    (r"\\(?:text|mbox|math|bold)[a-z]* *\{([^{}]*)\}", r" \1 "),
-    (r"""^[\s"'“*]+|[\s.'"”*]+$|(?<![\w,]) +| +(?!\w)""", ""),
+    (r"\\(text)?color\{[^{}]*\}|\\(left|right|displaystyle|degree|[()[\]])", ""),
+    (r"\\?[$€£¥₹%]|\*\*|`|°[CF]?| *\\! *|\^ *\{?\\circ\}?", ""),
+    (r"(?<!\\)\\([,;: ]|q?quad)|~|\s", " "),
+    (r"\\(?:text|mbox|math|bold)[a-z]*\{([^{}]*)\}", "\t\\1 "),  # a font
+    (rf"(?<=[\w)}}]) *\t{MANY}[a-zA-Z ./]*[\^{{\d}}.]*$", ""),  # a unit
+    (r"""^[\s"'“*]+|[\s.'"”*]+$|(?<![\w,])\s+|\s+(?!\w)""", ""),
     (r"^[({]+([^(){},]*)[)}]+$", r"\1"),
 )
-FRACTION = r"\\frac *(?:(\d)|\{(-?\d+)\}) *(?:(\d)|\{(\d+)\})"
-NUMBER = r"(?a)([+-]?) *(?:(\d+) +(?=\d+/))?(\d+/0*[1-9]\d*|\d+\.?\d*|\.\d+)"
-
-
-def last_boxes(text):
-    """What the last \\boxed{} holds, and those before it with only commas between."""
-    contents, between = [], ""
-    for part in text.split("\\boxed")[1:]:
-        depth = end = 0
-        for end, letter in enumerate(part, 1):
-            depth += (letter == "{") - (letter == "}")
-            if depth <= 0 and not letter.isspace():
-                break
-        if not re.fullmatch(r"(?:[\s$,;]|and|or)+", between):
-            contents = []
-        content = "" if depth else part[:end].strip()
-        contents.append(content[1:-1] if content.startswith("{") else content)
-        between = part[end:]
-    return contents
+idle_pools = defaultdict(list)  # of each process
 
 
 def stated_answer(task, completion):
-    """What the last box holds or, but for MATH, what follows "####" or "answer is"."""
+    """The last box or, but for MATH, what follows the last "####" or "answer is"."""
     text = completion.rpartition("</think>")[2]
-    if contents := last_boxes(text):
+    contents, between = [], ""
+    for part in text.split("\\boxed")[1:]:
+        part, depth, end = part.lstrip(), 0, 0
+        for end, letter in enumerate(part, 1):
+            depth += (letter == "{") - (letter == "}")
+            if depth <= 0:
+                break
+        if not re.fullmatch(r"([\s$,;]|and|or)+", between):
+            contents = []
+        content = part[:end].removeprefix("{").removesuffix("}")
+        contents.append("" if depth else content)
+        between = part[end:]
+    if contents:
         return ", ".join(dict.fromkeys(contents))
-    *_, last = re.split(r"####|(?i:(?<!/)answer)[*_]*(?: is|[:>])+", text)
+    *_, last = re.split(r"(?i)####|(?<!/)answer(?: is|[:>*_])+", text)
     if task != "math" and last != text:
-        return re.split(r"\.\s|\n|<[/|a-z]", last.strip("*: \n"))[0]
+        return re.split(r"\.\s|\n|<[/|a-z]", last.strip())[0]
 
 
-def stated_number(text):
-    """The number that `text` states, exactly: 7/2 for "3 1/2 cm", None for 3+4."""
+def read_number(text):
+    """The number `text` states: 7/2 for "3 1/2 cm", None for 3+4."""
     text = re.sub(r"(?<=\d)[, ](?=\d{3}(?![\d/]))", "", re.sub(UNIT, "", text))
-    text = re.sub(FRACTION, r" \1\2/\3\4", text).strip(" {}")
-    if match := re.fullmatch(NUMBER, text):
+    fraction = r"\\frac *(?:(\d)|\{(-?\d+)\}) *(?:(\d)|\{(\d+)\})"
+    text = re.sub(fraction, r" \1\2/\3\4", text).strip(" {}")
+    number = r"(?a)([+-]?) *(?:(\d+) +(?=\d+/))?(\d+/0*[1-9]\d*|\d+\.?\d*|\.\d+)"
+    if match := re.fullmatch(number, text):
         sign, whole, rest = match.groups("0")
         return Fraction(sign + whole) + Fraction(sign + rest)
 
 
 def judge(*texts):
     """Whether two LaTeX texts have one value."""
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+    with contextlib.suppress(Exception):  # not on macOS
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     from math_verify import grader, parser
     from sympy import Expr, FiniteSet, simplify
     signal.alarm(8)  # nothing else stops 9^{9^{9^9}}
     try:
-        settings = parser.NormalizationConfig(malformed_operators=True)  # \frac12
-        gold, answer = [parser.latex2sympy(text, normalization_config=settings) for text in texts]
+        form = parser.NormalizationConfig(malformed_operators=True)  # \frac12
+        gold, answer = [parser.latex2sympy(text, normalization_config=form) for text in texts]
         if isinstance(gold, Expr) and isinstance(answer, Expr):
             return simplify(gold - answer) == 0
         if isinstance(gold, FiniteSet) == isinstance(answer, FiniteSet):
-            return grader.sympy_expr_eq(gold, answer, 30, 30, allow_set_relation_comp=True)
+            return grader.sympy_expr_eq(gold, answer, 30, 30, True)
     except MemoryError:
-        signal.raise_signal(signal.SIGALRM)
+        raise
     except Exception:
         pass
     finally:
         signal.alarm(0)
 
 
-def same_value(*texts):
-    """What `judge` says in a process of its own. If that dies, another is asked."""
-    judge.__module__ = "__main__"  # loky then sends its code: no torch there
-    multiprocessing.current_process().daemon = False  # a Pool's could start none
-    own = {"PYTHONSAFEPATH": "1", "PARENT": str(os.getpid())}  # not a fork's
-    known = r"\frac{x}{2}", "0.5x"
-    for question in [texts, texts, texts, known]:
-        pool = loky.get_reusable_executor(1, env=own)
+def ask(verdicts, *texts):
+    """Adds what `judge` says in a process of its own, in another if that dies."""
+    judge.__module__ = "__main__"  # sent as code: no torch there
+    multiprocessing.current_process().daemon = False  # a Pool's has none
+    safe = {"PYTHONSAFEPATH": "1"}
+    for idle in idle_pools[os.getpid()], [], []:
+        pool = idle.pop() if idle else loky.ProcessPoolExecutor(1, timeout=10, env=safe)
         try:
-            return pool.submit(judge, *question).result() and question != known
-        except (loky.BrokenProcessPool, ImportError, AttributeError) as error:
-            if "SIGALRM" in str(error):  # its limit
-                return False
-            trouble = error
-        except BaseException:  # Ctrl-C, a time limit: it may be busy
+            verdicts.append(pool.submit(judge, *texts).result(60))
+            return idle.append(pool)
+        except Exception as error:
             pool.shutdown(kill_workers=True)
-            raise
-    raise UserError(f"expected math-verify to work in a process, got {trouble!r:.300}")
+            verdicts.append(error)
+            if re.search("MemoryError|SIG(ALRM|ABRT|SEGV)", repr(error)):
+                return verdicts.append(False)
 
 
 def grade(task, completion, gold):
-    """1.0 if `completion` states the value of `gold` last, else 0.0.
-
-    >>> grade("gsm8k", "#### $1,234", "1234"), grade("math", r"\\boxed{0.5}", r"\\frac12")
-    (1.0, 1.0)
-    """
+    """1.0 if `completion` states the value of `gold` last, else 0.0."""
     if task not in TASKS:
-        raise ValueError(f"grade: expected {', '.join(TASKS)}, got {task}")
+        raise ValueError(f"expected {', '.join(TASKS)}, got {task}")
     answer = stated_answer(task, completion)
     if not answer or len(answer) > 300:
         return 0.0
     for pattern, new in REWRITE:
         gold, answer = re.sub(pattern, new, gold), re.sub(pattern, new, answer)
-    if gold.casefold() == answer.casefold():
+    if gold.lower() == answer.lower():
         return 1.0
-    if "=" not in gold and re.search(r"\d ?[a-z](?![a-z]| ?\d).*=", answer):  # 2x = 12
+    *labels, answer = [answer] if "=" in gold else re.split("[=:]", answer)
+    multiple = re.search(r"\d ?[a-z](?![a-z]| ?\d)", "=".join(labels))  # 2x = 12
+    if multiple or re.search(r"\d_|^[a-zA-Z ]{3,}$|^[^a-zA-Z]*=", gold):
         return 0.0
-    wanted = stated_number(gold)
-    if wanted is not None:  # 6+6 = 12 states 12, 13 = 12 does not
-        values = [stated_number(side) for side in re.split("[=:]", answer)]
-        return float(values[-1] == wanted and {*values} <= {None, wanted})
-    if re.search(r"\d_|^[a-zA-Z ]{3,}$", gold):  # a number base, a word
-        return 0.0
-    if "=" not in gold and answer.count("=") == 1:
-        answer = answer.partition("=")[2]
-    return 1.0 if same_value(gold, answer) else 0.0
+    wanted = read_number(gold)
+    if wanted is not None:
+        values = {*map(read_number, labels)}  # None for 6+6 = 12
+        return float(read_number(answer) == wanted and values <= {None, wanted})
+    verdicts = []
+    thread = threading.Thread(target=ask, args=[verdicts, gold, answer], daemon=True)
+    thread.start()  # spared Ctrl-C, time limits
+    thread.join()
+    if isinstance(verdicts[-1], Exception):
+        raise UserError(f"expected math-verify to work, got {verdicts[-1]!r:.300}")
+    return float(bool(verdicts[-1]))
 
 
 # ---- model and prompts
@@ -480,7 +473,11 @@ def turns(*texts):
 
 
 def encode(policy, problems, examples):
-    """The problems with their token ids; examples: in front of each question."""
+    """The problems with their token ids; examples: in front of each question.
+
+    A target is what a chat writes behind the prompt, to the end of the turn; None if it begins
+    otherwise.
+    """
     shots = [text for example in examples for text in (example.question, example.solution)]
     asked = [turns(*shots, problem.question) for problem in problems]
     answered = [turns(*shots, problem.question, problem.solution) for problem in problems]
@@ -488,15 +485,13 @@ def encode(policy, problems, examples):
         prompts, chats = (policy.tokenizer.apply_chat_template(
             part, add_generation_prompt=part is asked, return_dict=False)
             for part in (asked, answered))
-    return [problem._replace(prompt=prompt, target=target_of(policy, prompt, chat))
-            for problem, prompt, chat in zip(problems, prompts, chats)]
-
-
-def target_of(policy, prompt, chat):
-    """What a chat says behind its prompt, to the end of the turn; None if it begins otherwise."""
-    answer = chat[len(prompt):] + policy.stop[:1]
-    ends = [place for place, token in enumerate(answer) if token in policy.stop]
-    return answer[:ends[0] + 1] if chat[:len(prompt)] == prompt else None
+    encoded = []
+    for problem, prompt, chat in zip(problems, prompts, chats):
+        start, chat = len(prompt), chat + policy.stop[:1]
+        end = next(i for i in range(start, len(chat)) if chat[i] in policy.stop)
+        target = chat[start:end + 1] if chat[:start] == prompt else None
+        encoded.append(problem._replace(prompt=prompt, target=target))
+    return encoded
 
 
 def check_lengths(args, policy, data):
@@ -505,12 +500,12 @@ def check_lengths(args, policy, data):
     longest = max(len(p.prompt) for part in data.values() for p in part) + args.max_new_tokens
     if args.warmup_steps:
         if any(p.target is None for p in data["train"]):
-            raise UserError("expected, for --warmup-steps, a chat template whose answer follows "
-                            f"its prompt; that of --model {args.model} changes the prompt")
-        longest = max(longest, *(len(p.prompt) + len(p.target) for p in data["train"]))
+            raise UserError("expected, for --warmup-steps, a chat template that answers right "
+                            f"behind its prompt, got another with --model {args.model}")
+        longest = max(longest, *(len(p.prompt + p.target) for p in data["train"]))
     if longest > room:
-        raise UserError(f"expected prompts and solutions of at most {room} tokens, what --model can"
-                        f" read, got {longest}; lower --shots or --max-new-tokens")
+        raise UserError(f"expected prompts and solutions of at most {room} tokens, all that --model"
+                        f" can read, got {longest}; lower --shots or --max-new-tokens")
 
 
 # ---- rollouts, log-probabilities and entropy
@@ -530,7 +525,7 @@ class Cache(transformers.DynamicCache):
 def forward(model, cache, ids, attention):
     """Hidden states (b, t, H) of the tokens `ids` (b, t), which follow the cache and join it.
 
-    attention: (b, all tokens so far), 0 at padding on the left, which has no position.
+    attention: (b, all tokens so far), 0 at the padding on the left.
     """
     positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     return model.base_model(
@@ -568,10 +563,9 @@ Rollouts = namedtuple("Rollouts", "tokens mask logprobs entropies")  # each (B, 
 
 @torch.no_grad()
 def sample(policy, prompts, max_new_tokens, rng, temperature):
-    """A completion of each of B prompts from the full softmax; temperature 0 is greedy.
+    """A completion of each of B prompts from softmax(logits / temperature); 0 is greedy.
 
-    The policy is the softmax of logits / temperature, in rollouts and scores alike. The mask
-    includes the end token; an entropy is that of the softmax a token came from, in nats.
+    The mask includes the end token. An entropy, in nats, is that of a token's whole softmax.
     """
     model, B, device = policy.model, len(prompts), policy.model.device
     stop = torch.tensor(policy.stop, device=device)
@@ -625,8 +619,7 @@ def sample_and_grade(policy, args, problems, group_size, key, temperature):
 def score(model, prompts, tokens, mask, rows, micro_batch_tokens, temperature):
     """Yields (some of `rows`, their log-probabilities (b, T), 0 where the mask is false).
 
-    prompts: one per row of tokens and mask (B, T); equal neighbours are run once. Call backward()
-    on each part before asking for the next.
+    prompts: one per row of tokens and mask (B, T). Call backward() before asking for more.
     """
     if not rows:
         return
@@ -816,26 +809,28 @@ def warmup_step(args, seed, step, optimizer, policy, problems):
 
 
 def evaluate(args, seed, policy, data, splits):
-    """({SPLIT_pass1, _greedy, _passk, _right} for each of `splits`, some greedy answers as text).
+    """({SPLIT_pass1, _greedy, _passk, _right} of each of `splits`, some greedy answers as text).
 
-    SPLIT_right: how many of its samples are right, for each problem. All samples are drawn, so
-    the unbiased estimate of pass@k at k = EVAL_SAMPLES is the share with a right one.
+    SPLIT_right: right samples of each problem. At k = EVAL_SAMPLES the unbiased estimate of pass@k
+    (Chen et al. 2021) is the share of problems with a right one.
     """
     scores, text = {}, ""
-    for split in splits:
-        greedy, right = [], []
-        # No more rows at once than a rollout batch has.
-        at_once = max(1, args.prompts_per_step * args.group_size // EVAL_SAMPLES)
+
+    def graded(samples, temperature):
+        """Yields (problems, texts, rewards), no more rows at once than a rollout batch has."""
+        at_once = max(1, args.prompts_per_step * args.group_size // samples)
         for start in range(0, len(data[split]), at_once):
             part, key = data[split][start:start + at_once], (split, seed, start)
-            _, texts, rewards = sample_and_grade(policy, args, part, 1, key, temperature=0)
-            greedy += rewards.flatten().tolist()
-            text += "" if start else show(f"{split}, greedy", part, texts, rewards)
-            rewards = sample_and_grade(policy, args, part, EVAL_SAMPLES, key, args.temperature)[2]
-            right += rewards.sum(1).int().tolist()
-        scores |= {f"{split}_pass1": float(np.mean(right)) / EVAL_SAMPLES,
-                   f"{split}_greedy": float(np.mean(greedy)),
-                   f"{split}_passk": float(np.mean(np.array(right) > 0)), f"{split}_right": right}
+            yield part, *sample_and_grade(policy, args, part, samples, key, temperature)[1:]
+    for split in splits:
+        answers = [*graded(1, temperature=0)]
+        greedy = torch.cat([rewards for *_, rewards in answers])
+        samples = torch.cat([rewards for *_, rewards in graded(EVAL_SAMPLES, args.temperature)])
+        right = samples.sum(1)
+        scores |= {f"{split}_pass1": float(samples.mean()), f"{split}_greedy": float(greedy.mean()),
+                   f"{split}_passk": float((right > 0).float().mean()),
+                   f"{split}_right": right.int().tolist()}
+        text += show(f"{split}, greedy", *answers[0])
     return scores, text
 
 
@@ -845,7 +840,7 @@ stopping = []  # not empty after Ctrl-C
 
 
 def save(path, value):
-    """Text, or anything by torch.save; a crash leaves the old content or the new."""
+    """A crash leaves the old content or the new."""
     temporary = Path(f"{path}.tmp")
     with writing(path), temporary.open("wb") as file:
         file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
@@ -859,7 +854,7 @@ def writing(path):  # every library has its own error for a full disk
 def train(folder, model, steps, one_step):
     """Calls one_step(step, optimizer) -> (metrics, text) for each of `steps`; returns all metrics.
 
-    Writes both to `folder`, with a checkpoint now and then, from which it continues.
+    Writes both to `folder`, and now and then a checkpoint, from which it continues.
     """
     optimizer, checkpoint = make_optimizer(model), folder / "checkpoint.pt"
     lines, samples = [], ""
@@ -957,10 +952,7 @@ def open_out(args, problems, **about):
 matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
                             "axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 130})
 T_975 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1, 2... seeds
-HEAD = "\narm         seed  pass@1          greedy          pass@8          entropy         clip"
-TABLE = ("{arm:11s} {seed:4d}  {pass1_before:.3f} -> {pass1_after:.3f}  {greedy_before:.3f} -> "
-         "{greedy_after:.3f}  {passk_before:.3f} -> {passk_after:.3f}  {entropy_first:.3f} -> "
-         "{entropy_last:.3f}  {clip_fraction_mean:.1%}")
+RATE = "pass rate of the group, k/G"
 
 
 def read_metrics(args, arm, seed):
@@ -983,7 +975,7 @@ def mean_and_band(curves):
     """One {x: value} per seed -> (x that all have, mean, half-width of its 95 % t-interval)."""
     x, n = sorted(set.intersection(*map(set, curves))), len(curves)
     values = np.array([[curve[at] for at in x] for curve in curves])
-    t = T_975[n - 1] if n <= len(T_975) else 2.26
+    t = T_975[n - 1] if n <= len(T_975) else 1.96 + 2.5 / (n - 1)
     return x, values.mean(0), t * values.std(0, ddof=int(n > 1)) / n**0.5
 
 
@@ -1011,7 +1003,7 @@ def over_steps(runs, name):
 
 
 def by_pass_rate(runs, name, side=""):
-    """{arm: one {k/G: % of the tokens} per seed}, for k = 1..G-1: other groups teach nothing."""
+    """{arm: one {k/G: % of the tokens} per seed}, for k = 1..G-1: others teach nothing."""
     def curve(lines):
         sums = {key: np.sum([line["by_correct"][key] for line in lines[1:]], 0)
                 for key in BY_CORRECT}
@@ -1048,13 +1040,12 @@ def draw(args):
     clipped = {arm: np.mean([line["clip_fraction"] for lines in seeds for line in lines[1:]])
                for arm, seeds in runs.items()}
     shares = ", ".join(f"{arm} {share:.1%}" for arm, share in clipped.items())
-    rate = "pass rate, k/G"
     picture(
         args.out / "mechanism.png", f"Tokens clipped: {shares}", caption, 3,
-        (by_pass_rate(runs, "radius_squared"), "Budget", rate, "squared clip radius, 1e-2"),
-        (by_pass_rate(runs, "clipped_right", "right"), "Right, clipped above", rate, "% of tokens"),
-        (by_pass_rate(runs, "clipped_wrong", "wrong"), "Wrong, clipped below", rate, "% of tokens"),
-        (by_pass_rate(runs, "kl"), "KL spent", rate, "nats per token, 1e-2"),
+        (by_pass_rate(runs, "radius_squared"), "Budget", RATE, "squared clip radius, 1e-2"),
+        (by_pass_rate(runs, "clipped_right", "right"), "Right, clipped above", RATE, "% of tokens"),
+        (by_pass_rate(runs, "clipped_wrong", "wrong"), "Wrong, clipped below", RATE, "% of tokens"),
+        (by_pass_rate(runs, "kl"), "KL spent", RATE, "nats per token, 1e-2"),
         (over_steps(runs, "frac_reward_zero_std"), "Groups that teach nothing", "step", "share"),
         (over_steps(runs, "completion_length_mean"), "Length", "step", "tokens"))
 
@@ -1062,18 +1053,20 @@ def draw(args):
 def report(args):
     """Saves results.json, a row per run, and prints it as a table."""
     rows = []
-    print(HEAD)
     for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
         with expecting(f"all metrics of the finished run {args.out}/{arm}-seed{seed}"):
             first, *lines = read_metrics(args, arm, seed)
-            row = dict(arm=arm, seed=seed, seconds=sum(line["seconds"] for line in lines),
-                       clip_fraction_mean=float(np.mean([x["clip_fraction"] for x in lines])),
-                       entropy_first=lines[0]["entropy"], entropy_last=lines[-1]["entropy"])
-            for when, line in (("before", first), ("after", lines[-1])):
-                row |= {f"{name[5:]}_{when}": line[name] for name in line if name[:5] == "test_"}
-            print(TABLE.format(**row))
+            row = dict(arm=arm, seed=seed)
+            for name in ("pass1", "greedy", "passk", "right"):
+                row |= {f"{name}_before": first[f"test_{name}"],
+                        f"{name}_after": lines[-1][f"test_{name}"]}
+            row |= dict(entropy_first=lines[0]["entropy"], entropy_last=lines[-1]["entropy"],
+                        clip_fraction_mean=float(np.mean([x["clip_fraction"] for x in lines])),
+                        seconds=sum(line["seconds"] for line in lines))
         rows.append(row)
     save(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
+    table = pd.DataFrame(rows).drop(columns=["right_before", "right_after"]).round(3)
+    print(table.T.to_string(header=False))
     print(f"\nIn {args.out}: accuracy_entropy.png, mechanism.png, results.json")
 
 

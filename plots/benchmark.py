@@ -74,7 +74,7 @@ def built_in():
     problems = ts.encode(policy, ts.load_problems(args)["train"], [])
     optimizer = ts.make_optimizer(policy.model)
     for step in range(1, args.warmup_steps + 1):
-        ts.warmup_step(args, 0, step, policy, optimizer, problems)
+        ts.warmup_step(args, 0, step, optimizer, policy, problems)
     return args, policy, problems[:args.prompts_per_step]
 
 
@@ -99,7 +99,7 @@ def random_model(P, G, prompt_lengths, mean, longest, **shape):
     for length in torch.linspace(*prompt_lengths, P).int().tolist():
         prompt = (torch.randint(1, V // every, (length,)) * every).tolist()
         problems.append(ts.Problem(" ".join(map(str, prompt)), "", "7", prompt))
-    return arguments(P, G, longest), ts.Policy(model.eval(), tokenizer, "", [1]), problems
+    return arguments(P, G, longest), ts.Policy(model.eval(), tokenizer, [1]), problems
 
 
 # ---------- rollouts, steps
@@ -117,7 +117,7 @@ def rollouts(name, args, policy, problems):
 
     def ours():
         rows = [prompt for prompt in prompts for _ in range(G)]
-        return int(ts.sample(policy, rows, longest, rng).mask.sum())
+        return int(ts.sample(policy, rows, longest, rng, temperature=1).mask.sum())
 
     def generate():
         rows = model.generate(ids.clamp(min=0), config, attention_mask=(ids >= 0).long())
@@ -137,7 +137,7 @@ def stepper(args, policy, problems, mixed=False):
     def step():
         policy.model.eval()
         policy.model.mixed = mixed
-        return ts.train_step(args, "etr", 0, next(count), policy, optimizer, problems)[0]
+        return ts.train_step(args, "etr", 0, next(count), optimizer, policy, problems)[0]
     return step
 
 
@@ -228,7 +228,7 @@ def loss_cost(whole, vocabulary, threads, length=256):
             logp = model(input_ids=ids).logits.log_softmax(-1)
             parts = [(slice(None), logp.gather(-1, tokens[..., None])[..., 0])]
         else:
-            parts = ts.score(model, [[2]] * 32, tokens, mask, range(32), 10**9)
+            parts = ts.score(model, [[2]] * 32, tokens, mask, range(32), 10**9, 1)
         for i, logp in parts:
             etr.surrogate_loss(logp, old[i], A[i], 0.2, 0.2, mask[i], mask.sum())[0].backward()
     before = peak_memory()

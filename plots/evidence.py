@@ -8,8 +8,7 @@
     python plots/evidence.py draw               plots/*.csv -> plots/*.png
     python plots/evidence.py pictures           the same, for runs of your own
 
-`draw` refuses a number in the READMEs that is not the csv's. A stage and a seed are one
-run, a minute an arm on one core.
+`draw` refuses a number in the READMEs that is not the csv's.
 """
 
 import re
@@ -116,7 +115,7 @@ def end_of(run):
 
 
 def classes_of(run):
-    """The sums of `by_correct` for groups with k = 1..7 right of 8."""
+    """Sums for groups with k = 1..7 right of 8."""
     sums = {name: np.sum([by[name] for by in run.by_correct[1:]], 0)[1:-1]
             for name in ts.BY_CORRECT if name != "ratio"}
     return pd.DataFrame(sums).assign(k=range(1, 8))
@@ -145,10 +144,19 @@ def collect():
 
 
 def collect_gsm8k(*folders):
-    merge("gsm8k", [
-        run.drop(columns=["by_correct", "eval_passk_curve", "test_passk_curve"])
-        .reset_index().assign(arm=arm, seed=seed)
-        for folder in folders for arm, seed, run in read_runs(folder)])
+    """A row per step, per k right of G, and per test problem."""
+    csv = dict(gsm8k=[], gsm8k_classes=[], gsm8k_test=[])
+    for arm, seed, run in (found for folder in folders for found in read_runs(folder)):
+        before, after = run.test_right.dropna()
+        lists = ["by_correct", "eval_right", "test_right"]
+        csv["gsm8k"].append(run.drop(columns=lists).reset_index())
+        csv["gsm8k_classes"].append(classes_of(run))
+        right = dict(problem=range(len(after)), before=before, after=after)
+        csv["gsm8k_test"].append(pd.DataFrame(right))
+        for frames in csv.values():
+            frames[-1] = frames[-1].assign(arm=arm, seed=seed)
+    for name, frames in csv.items():
+        merge(name, frames)
 
 
 # - numbers
@@ -202,6 +210,18 @@ def entropy_gap(stage):
     return say(gaps)
 
 
+def gsm8k_points(arm, when):
+    """pass@1 of each test problem in points, its mean over seeds."""
+    rows = load("gsm8k_test").query("arm == @arm")
+    return 100 / ts.EVAL_SAMPLES * rows.groupby("problem")[when].mean()
+
+
+def gsm8k_gains():
+    """Of each arm, and ETR's lead."""
+    gains = [gsm8k_points(arm, "after") - gsm8k_points(arm, "before") for arm in PAIR]
+    return [*map(say, gains), say(gains[1] - gains[0])]
+
+
 def middle_gap(name):
     """ETR's minus GRPO's share in groups with 3 to 5 right of 8, in points."""
     rows, run = load("classes"), ["arm", "seed"]
@@ -232,10 +252,6 @@ def tables():
     return [table(stage, STAGES[stage].arms) for stage in STAGES if stage in found]
 
 
-def print_tables():
-    print(*tables(), sep="\n\n")
-
-
 def at_the_end(stage, arms):
     return ", ".join(f"{arm} {gap(arm, 'pass1_after', stage)}" for arm in arms)
 
@@ -248,7 +264,13 @@ def sentences():
     """What the READMEs say in words, every number computed from the csv."""
     first, again = (paired("etr", "pass1_after", source=name) for name in ("ends", "again"))
     clipped = 100 * values("grpo", "clip_fraction").mean()
-    return [
+    gsm8k = []
+    if len(load("gsm8k_test")):
+        grpo, elastic, lead = gsm8k_gains()
+        clips = load("gsm8k").query("step > 0").groupby("arm").clip_fraction.mean()
+        gsm8k = [f"grpo {grpo} points, etr {elastic}", f"ETR's lead is {lead} points",
+                 f"grpo clips {100 * clips.grpo:.1f} % of its tokens, etr {100 * clips.etr:.1f} %"]
+    return gsm8k + [
         at_the_end("final", [*LEVELS[1:], *FIXED, "etr-0.4"]), on_the_way(),
         f"{entropy_gap('final')} and {entropy_gap('fast')} thousandths of a nat",
         f"{middle_gap('radius_squared')} points of the budget",
@@ -289,27 +311,7 @@ def draw_lines(name, title, caption, panels):
     save(figure, name, title, caption)
 
 
-def draw_dots(name, title, caption, arms, panels):
-    """Paired differences from GRPO; panels: (title, measure, stage if not final)."""
-    figure = Figure(figsize=(11, 1.8 + 0.8 * len(arms)), layout="constrained")
-    for axis, (head, *where) in zip(figure.subplots(1, len(panels)), panels):
-        for y, arm in enumerate(arms):
-            gaps, color = paired(arm, *where), ts.ARMS[arm].color
-            mean, half = interval(gaps)
-            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, ms=8, lw=2.5, capsize=4)
-            axis.annotate(
-                say(gaps), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center",
-                fontsize=13, color=color, bbox=dict(fc="white", ec="none", pad=1))
-        axis.axvline(0, color="#000000", lw=1)
-        axis.margins(x=0.2)
-        axis.set(title=head, xlabel="points against GRPO")
-        axis.set_yticks(range(len(arms)), arms)
-        axis.set_ylim(len(arms) - 0.5, -0.6)
-        axis.label_outer()
-    save(figure, name, title, caption)
-
-
-ENTROPY = "entropy (nats per token)"
+ENTROPY, RATE = "entropy (nats per token)", "pass rate of the group, k/G"
 BANDS = "95 % t-intervals: bands of the mean, title of the paired difference"
 
 
@@ -324,69 +326,65 @@ def draw_curves():
         f"ten paired seeds, each with its own warm start; {BANDS}", panels)
 
 
-def draw_differences():
-    arms, measures = STAGES["final"].arms[1:], ("auc", "pass1_after", "greedy_after")
-    panels = [(MEASURES[name], name) for name in measures]
-    draw_dots(
-        "differences", f"pass@1: {at_the_end('final', ['etr', *FIXED])}",
-        f"ten seeds; 95 % t-intervals, not corrected for {3 * len(arms)} comparisons", arms, panels)
-
-
 def draw_binding():
-    clean, flipped = (at_the_end(stage, LEVELS[1:]) for stage in CLIPPED)
-    draw_dots(
-        "binding", f"pass@1, clean: {clean}\nflipped: {flipped}",
-        "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten seeds",
-        LEVELS[1:], [(STAGES[stage].label, "pass1_after", stage) for stage in CLIPPED])
+    """Paired differences from GRPO."""
+    figure, arms = Figure(figsize=(11, 4.2), layout="constrained"), LEVELS[1:]
+    for axis, stage in zip(figure.subplots(1, 2), CLIPPED):
+        for y, arm in enumerate(arms):
+            gaps, color = paired(arm, "pass1_after", stage), ts.ARMS[arm].color
+            mean, half = interval(gaps)
+            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, ms=8, lw=2.5, capsize=4)
+            axis.annotate(
+                say(gaps), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center",
+                fontsize=13, color=color)
+        axis.axvline(0, color="#000000", lw=1)
+        axis.margins(x=0.2)
+        axis.set(title=STAGES[stage].label, xlabel="points against GRPO", ylim=(2.5, -0.6))
+        axis.set_yticks(range(len(arms)), arms)
+        axis.label_outer()
+    clean, flipped = (at_the_end(stage, arms) for stage in CLIPPED)
+    save(figure, "binding", f"pass@1, clean: {clean}\nflipped: {flipped}",
+         "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten seeds")
 
 
-def draw_trade():
-    panels = []
-    for stage in MAIN:
-        rows = load("curves").query("stage == @stage")
-        rows = rows.groupby(["arm", "step"], as_index=False).mean(numeric_only=True)
-        curves = series(rows, "reward_mean", "entropy", [*PAIR, FIXED[1]])
-        panels.append((curves, STAGES[stage].label, "accuracy of the rollouts", ENTROPY))
-    gaps = " and ".join(map(entropy_gap, MAIN))
-    draw_lines(
-        "trade", f"Entropy at equal accuracy, ETR against GRPO: {gaps} millinats",
-        "ten seeds; title: at the best accuracy both reach, 95 % t", panels)
+def by_rate(rows):
+    """Panels of the squared radius and KL per token by pass rate."""
+    tokens = rows.tokens_right + rows.tokens_wrong
+    return [(rows.radius_squared / tokens, "The budget", "mean squared radius"),
+            (1000 * rows.kl / tokens, "The KL spent", "KL (1e-3 nats per token)")]
 
 
 def draw_mechanism():
     rows = load("classes")
     rows["rate"] = rows.k / 8
-    tokens = rows.tokens_right + rows.tokens_wrong
     panels = [
         (100 * rows.clipped_right / rows.tokens_right, "Right, clipped above", "tokens (%)"),
         (100 * rows.clipped_wrong / rows.tokens_wrong, "Wrong, clipped below", "tokens (%)"),
-        (rows.radius_squared / tokens, "The budget", "mean squared radius"),
-        (1000 * rows.kl / tokens, "The KL spent", "KL (1e-3 nats per token)")]
+        *by_rate(rows)]
     budget, kl = middle_gap("radius_squared"), middle_gap("kl")
     draw_lines(
         "mechanism", f"ETR at pass rates 3/8 to 5/8: {budget} points of budget, {kl} of KL",
         f"shares in all groups, ten paired seeds; {BANDS}",
-        [(series(rows.assign(y=y), "rate", "y"), title, "pass rate of the group, k/G", ylabel)
+        [(series(rows.assign(y=y), "rate", "y"), title, RATE, ylabel)
          for y, title, ylabel in panels])
 
 
 def draw_gsm8k():
-    rows = load("gsm8k")
-    ends = rows.dropna(subset="eval_pass1").groupby(["arm", "seed"]).eval_pass1
-    after = ends.last().groupby("arm").mean()
+    rows, classes, (grpo, elastic, _) = load("gsm8k"), load("gsm8k_classes"), gsm8k_gains()
     draw_lines(
-        "gsm8k", f"GSM8K, pass@1 from {ends.first().mean():.3f} to grpo {after.grpo:.3f}, "
-        f"etr {after.etr:.3f}",
-        f"bands: 95 % t-interval over seeds ({rows.seed.nunique()})",
+        "gsm8k", f"GSM8K, test pass@1: grpo {grpo} points, etr {elastic}",
+        f"seeds: {rows.seed.nunique()}; title: 95 % intervals over test problems",
         [(series(rows, "step", "eval_pass1"), "Held-out accuracy", "step", "pass@1"),
-         (series(rows, "step", "entropy"), "Entropy", "step", ENTROPY)])
+         (series(rows, "step", "entropy"), "Entropy", "step", ENTROPY),
+         *((series(classes.assign(rate=classes.k / 8, y=y).dropna(), "rate", "y"), title, RATE,
+            ylabel) for y, title, ylabel in by_rate(classes))])
 
 
 def draw():
     stages = {*load("ends").stage}
     if {*MAIN} <= stages:
-        for picture in (draw_curves, draw_differences, draw_trade, draw_mechanism):
-            picture()
+        draw_curves()
+        draw_mechanism()
     if {*CLIPPED} <= stages:
         draw_binding()
     if len(load("gsm8k")):
@@ -395,7 +393,7 @@ def draw():
 
 COMMANDS = dict(
     all=[run, collect, draw], run=[run], collect=[collect], gsm8k=[collect_gsm8k],
-    tables=[print_tables], draw=[check, draw], pictures=[draw])
+    tables=[lambda: print(*tables(), sep="\n\n")], draw=[check, draw], pictures=[draw])
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or [""]
