@@ -979,21 +979,23 @@ def mean_and_band(curves):
     return x, values.mean(0), t * values.std(0, ddof=int(n > 1)) / n**0.5
 
 
-def panel(axis, curves, title, xlabel, ylabel=""):
+def panel(axis, curves, title, xlabel, ylabel="", ylim=(0, None)):
     """Mean and band of {arm: one {x: y} per seed}, each named at its right end."""
-    ends = []
+    ends, heights = [], []
     for arm, seeds in curves.items():
         x, mean, half = mean_and_band(seeds)
         color = ARMS[arm].color
         axis.plot(x, mean, color=color, lw=2.5)
         axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.18, lw=0)
         ends += [(mean[-1], x[-1], arm, color)] if x else []
-    for rank, (y, x, arm, color) in enumerate(sorted(ends)):
-        up = 14 * (rank - (len(ends) - 1) / 2)  # points: names do not meet where ends do
-        axis.annotate(arm, (x, y), xytext=(6, up), textcoords="offset points", va="center",
-                      color=color, weight="bold", annotation_clip=False)
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axis.set_ylim(bottom=0)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, ylim=ylim)
+    room = 0.06 * np.ptp(axis.get_ylim())
+    for y, *_ in sorted(ends):  # names are pushed apart where ends meet
+        heights.append(max([y, *(height + room for height in heights[-1:])]))
+    up = np.mean(heights) - np.mean([y for y, *_ in ends]) if ends else 0
+    for height, (_, x, arm, color) in zip(heights, sorted(ends)):
+        axis.annotate(arm, (x, height - up), xytext=(6, 0), textcoords="offset points",
+                      va="center", color=color, weight="bold", annotation_clip=False)
 
 
 def over_steps(runs, name):

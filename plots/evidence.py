@@ -3,7 +3,7 @@
     python plots/evidence.py all                run, collect and draw; resumable
     python plots/evidence.py run final 0 5      one stage, its first five seeds
     python plots/evidence.py collect            runs/evidence -> plots/*.csv
-    python plots/evidence.py gsm8k runs/gsm8k   such runs -> plots/gsm8k.csv
+    python plots/evidence.py gsm8k runs/gsm8k   -> plots/gsm8k*.csv
     python plots/evidence.py tables             the READMEs' tables, from the csv
     python plots/evidence.py draw               plots/*.csv -> plots/*.png
     python plots/evidence.py pictures           the same, for runs of your own
@@ -65,7 +65,7 @@ MAIN, CLIPPED = list(STAGES)[:2], list(STAGES)[2:]
 
 
 def run(only=None, first=0, last=None):
-    """Trains all arms of each stage and seed that have no results yet."""
+    """Trains what has no results yet."""
     for name in [only] if only else STAGES:
         _, seeds, arms, flags = STAGES[name]
         for seed in seeds[int(first):last and int(last)]:
@@ -85,7 +85,7 @@ def load(name):
 
 
 def merge(name, frames):
-    """Adds rows to a csv, in place of those of the same runs."""
+    """Adds rows to a csv, for those of the same runs."""
     if not frames:
         return
     old, new = load(name), pd.concat(frames)
@@ -223,7 +223,7 @@ def gsm8k_gains():
 
 
 def middle_gap(name):
-    """ETR's minus GRPO's share in groups with 3 to 5 right of 8, in points."""
+    """ETR's minus GRPO's share in groups with 3 to 5 right, in points."""
     rows, run = load("classes"), ["arm", "seed"]
     middle = rows[rows.k.between(3, 5)].groupby(run)[name].sum()
     share = 100 * middle / rows.groupby(run)[name].sum()
@@ -333,10 +333,10 @@ def draw_binding():
         for y, arm in enumerate(arms):
             gaps, color = paired(arm, "pass1_after", stage), ts.ARMS[arm].color
             mean, half = interval(gaps)
-            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, ms=8, lw=2.5, capsize=4)
+            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, lw=2.5, capsize=4)
             axis.annotate(
                 say(gaps), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center",
-                fontsize=13, color=color)
+                color=color, bbox=dict(fc="white", ec="none", pad=1))
         axis.axvline(0, color="#000000", lw=1)
         axis.margins(x=0.2)
         axis.set(title=STAGES[stage].label, xlabel="points against GRPO", ylim=(2.5, -0.6))
