@@ -32,14 +32,14 @@ import train_small as ts
 
 
 def fixed(factor):
-    """One radius for all: what it gains, too, is not due to elasticity."""
+    """One radius for all: no elasticity."""
     def rule(rewards, advantages, eps):
         return [torch.full_like(advantages, factor * eps)] * 2
     return rule
 
 
 def wide_etr(rewards, advantages, eps):
-    """ETR at twice eps, with a scale capped so that the lower clip still acts."""
+    """ETR at twice eps, its scale capped so that the lower clip still acts."""
     budgets = etr.variance_budgets(rewards)
     return etr.elastic_clip_bounds(advantages, budgets, 2 * eps, 2 * eps, scale_max=2.4)
 
@@ -237,7 +237,7 @@ MEASURES = {"pass1_after": "pass@1", "auc": "mean pass@1 on the way",
 
 
 def table(stage, arms):
-    """Markdown: GRPO, and points against it."""
+    """GRPO, and points against it."""
     lines = [["arm", "setting", *MEASURES.values()], ["---"] * 6]
     for arm in arms:
         cells = [gap(arm, name, stage) for name in MEASURES]
@@ -281,7 +281,7 @@ def sentences():
 
 
 def check():
-    """Exits if a README has another number than the csv, or lacks it."""
+    """Exits if a README lacks a number of the csv."""
     texts = [(folder / "README.md").read_text() for folder in (ROOT, PLOTS)]
     text = " ".join(" ".join(texts).split())
     number = r"(?<![-\w])[+−]?\d+\.\d+"
