@@ -238,6 +238,8 @@ def to_problem(task, row):
     else:
         level = re.fullmatch(r"(?:Level )?(\d+|\?)(?:\.0)?", str(row["level"]))[1]
         answer = stated_answer(task, solution)
+        if answer is None:
+            raise ValueError("no \\boxed{}")
     if answer.strip() and not grade(task, solution, answer):
         raise ValueError("an answer that cannot be graded")
     return level, Problem(question, solution.strip(), answer.strip())
@@ -802,6 +804,8 @@ def warmup_step(args, seed, step, optimizer, policy, problems):
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
         total += float(loss.detach())
+    if not math.isfinite(total):
+        raise UserError(f"expected a finite loss, got {total}; lower --warmup-rate in another --out")
     rise = step / min(LR_WARMUP_UPDATES, args.warmup_steps / 10)
     fall = 1 - 0.9 * step / args.warmup_steps  # to end at rest
     apply_gradients(policy.model, optimizer, args.warmup_rate * min(1.0, rise) * fall)
