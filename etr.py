@@ -177,8 +177,7 @@ def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denomina
     """
     dtype = torch.promote_types(logprobs.dtype, torch.float32)  # bf16 rounds away a small KL
     logprobs, old_logprobs = logprobs.to(dtype), old_logprobs.to(dtype)
-    low = torch.as_tensor(low, dtype=dtype, device=logprobs.device)
-    high = torch.as_tensor(high, dtype=dtype, device=logprobs.device)
+    low, high = (torch.as_tensor(x, dtype=dtype, device=logprobs.device) for x in (low, high))
     mask = mask.bool()
     _check_loss(logprobs, old_logprobs, advantages, low, high, mask, denominator)
     advantages, low, high = (x.detach().reshape(-1, 1) for x in (advantages, low, high))
@@ -191,7 +190,6 @@ def surrogate_loss(logprobs, old_logprobs, advantages, low, high, mask, denomina
     # The minimum keeps the gradient of a token that moved the wrong way.
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     loss = -(objective * mask).sum() / (denominator or mask.sum())
-
     with torch.no_grad():
         below, above = clipped_tokens(ratio, advantages, low, high)
         per_token = {

@@ -356,6 +356,16 @@ def test_the_trl_block_has_the_loss_of_etr_and_with_elasticity_0_of_trl(tmp_path
     subprocess.run([sys.executable, *command, __file__], cwd=tmp_path, check=True)
 
 
+def test_the_trl_block_refuses_rewards_that_are_normalized_one_by_one(monkeypatch):
+    trl = pytest.importorskip("trl", reason="TRL block NOT run")
+    elastic = execute(blocks("python")[1])["ETRTrainer"]
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", lambda *_: {})
+    trainer = object.__new__(elastic)
+    trainer.multi_objective_aggregation = "normalize_then_sum"
+    with pytest.raises(ValueError, match="expected multi_objective_aggregation='sum_then"):
+        trainer._generate_and_score_completions([])
+
+
 def test_the_verl_block_has_the_loss_of_etr_and_with_scale_1_of_verl():
     algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl block NOT run")
     from verl.workers.config import ActorConfig
@@ -872,8 +882,9 @@ def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys):
 
 def test_a_warm_start_learns_the_tokens_of_the_whole_chat(tmp_path):
     policy = ts.load_model(save_model(tmp_path, None), "cpu", 0)
+    words = "? <eos> 5 \u25815 \u25814 \u2581Question: \u2581\nAnswer:".split(" ")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {word: i for i, word in enumerate("? <eos> 5 \u25815 \u25814 \u2581Question: \u2581\nAnswer:".split(" "))}, unk_token="?"))
+        {word: i for i, word in enumerate(words)}, unk_token="?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     policy = policy._replace(tokenizer=transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="<eos>", chat_template=policy.tokenizer.chat_template))

@@ -117,7 +117,9 @@ def number(kind, least, below=math.inf):
 
 
 def add_flags(add):
-    count, natural, rate = number(int, 1), number(int, 0, 2**63), number(float, 1e-12)
+    count = number(int, 1)
+    natural = number(int, 0, 2**63)
+    rate = number(float, 1e-12)
     device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     # problems
     add("--data", help="folder with train.jsonl and test.jsonl, instead of the hub")
@@ -181,10 +183,15 @@ def seeded(*key):
 
 # prompt, target: token ids of question and solution, by `encode`
 Problem = namedtuple("Problem", "question solution answer prompt target", defaults=[None, None])
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval", "default")}
+HUB = {
+    "gsm8k": ("openai/gsm8k", "main"),
+    "math": ("DigitalLearningGmbH/MATH-lighteval", "default"),
+}
 FIELDS = {"gsm8k": ("question", "answer"), "math": ("problem", "solution")}
-GAIN, LOSE = "finds gets wins buys".split(), "eats loses sells gives".split()
-NAMES, THINGS = "Ann Ben Eva Leo Mia Tom".split(), "apples books coins eggs pens shells".split()
+GAIN = "finds gets wins buys".split()
+LOSE = "eats loses sells gives".split()
+NAMES = "Ann Ben Eva Leo Mia Tom".split()
+THINGS = "apples books coins eggs pens shells".split()
 LARGEST = 20  # every total stays in 0..20, one token per number
 
 
@@ -250,7 +257,8 @@ def read_problems(args, split):
     hub, *subset = HUB[args.task]
     with expecting(f"a folder --data with train.jsonl and test.jsonl, or a hub with {hub}"):
         if args.data:
-            rows = Path(args.data, f"{split}.jsonl").read_text(encoding="utf-8-sig").split("\n")
+            path = Path(args.data, f"{split}.jsonl")
+            rows = path.read_text(encoding="utf-8-sig").split("\n")
         else:
             import datasets  # not needed for local data
             rows = map(json.dumps, datasets.load_dataset(hub, *subset, split=split))
@@ -678,7 +686,8 @@ def check_model(policy, name, temperature):
 
 
 def make_optimizer(model):
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def apply_gradients(model, optimizer, learning_rate):
@@ -721,11 +730,11 @@ def cut_batch(args, rng):
 
 def train_step(args, arm, seed, step, optimizer, policy, problems):
     """One rollout batch and its updates: (metrics, a few rollouts as text)."""
-    started, P, G = time.perf_counter(), args.prompts_per_step, args.group_size
+    started, model = time.perf_counter(), policy.model
+    P, G = args.prompts_per_step, args.group_size
     # 1. roll out: which prompts depends on seed and step, never on the arm
-    batch = seeded("prompts", seed, step).sample(problems, P)
-    rollouts, texts, rewards = sample_and_grade(
-        policy, args, batch, G, ("rollout", seed, step), args.temperature)
+    batch, key = seeded("prompts", seed, step).sample(problems, P), ("rollout", seed, step)
+    rollouts, texts, rewards = sample_and_grade(policy, args, batch, G, key, args.temperature)
     rewards = flip(rewards, args.flip_rewards, seeded("flips", seed, step))
     tokens, mask, old, _ = rollouts  # row i is completion i % G of prompt i // G
     # 2. advantages, 3. to 5. the trust region: the one line in which arms differ
@@ -738,10 +747,9 @@ def train_step(args, arm, seed, step, optimizer, policy, problems):
 
     def scored(groups):  # without those that have no advantage, so no gradient
         rows = [i for g in groups if teaches[g] for i in range(g * G, g * G + G)]
-        return score(policy.model, prompts, tokens, mask, rows, args.micro_batch_tokens,
-                     args.temperature)
+        return score(model, prompts, tokens, mask, rows, args.micro_batch_tokens, args.temperature)
     parts = cut_batch(args, seeded("minibatches", seed, step))
-    if policy.model.mixed:  # bf16 rounds by composition: score the old ones in the same parts
+    if model.mixed:  # bf16 rounds by composition: score the old ones in the same parts
         with torch.no_grad():
             for i, logprobs in itertools.chain(*map(scored, parts)):
                 old[i] = logprobs
@@ -757,7 +765,7 @@ def train_step(args, arm, seed, step, optimizer, policy, problems):
                 logprobs.detach() - old[i], mask[i], right[i], A[i], low[i], high[i]))
         done = (step - 1) * args.updates_per_step + update + 1
         rate = args.learning_rate * min(1.0, done / LR_WARMUP_UPDATES)
-        norms.append(apply_gradients(policy.model, optimizer, rate))
+        norms.append(apply_gradients(model, optimizer, rate))
     metrics = step_metrics(step, started, rollouts, rewards, sums, norms)
     return metrics, show(f"step {step}", batch, texts, rewards)
 
@@ -805,7 +813,7 @@ def warmup_step(args, seed, step, optimizer, policy, problems):
         loss.backward()
         total += float(loss.detach())
     if not math.isfinite(total):
-        raise UserError(f"expected a finite loss, got {total}; lower --warmup-rate in another --out")
+        raise UserError(f"expected a finite loss, got {total}; lower --warmup-rate")
     rise = step / min(LR_WARMUP_UPDATES, args.warmup_steps / 10)
     fall = 1 - 0.9 * step / args.warmup_steps  # to end at rest
     apply_gradients(policy.model, optimizer, args.warmup_rate * min(1.0, rise) * fall)
@@ -831,9 +839,12 @@ def evaluate(args, seed, policy, data, splits):
         greedy = torch.cat([rewards for *_, rewards in answers])
         samples = torch.cat([rewards for *_, rewards in graded(EVAL_SAMPLES, args.temperature)])
         right = samples.sum(1)
-        scores |= {f"{split}_pass1": float(samples.mean()), f"{split}_greedy": float(greedy.mean()),
-                   f"{split}_passk": float((right > 0).float().mean()),
-                   f"{split}_right": right.int().tolist()}
+        scores |= {
+            f"{split}_pass1": float(samples.mean()),
+            f"{split}_greedy": float(greedy.mean()),
+            f"{split}_passk": float((right > 0).float().mean()),
+            f"{split}_right": right.int().tolist(),
+        }
         text += show(f"{split}, greedy", *answers[0])
     return scores, text
 
@@ -935,7 +946,8 @@ def open_out(args, problems, **about):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"expected no other process in --out {args.out}") from None
-    path, given = args.out / "config.json", vars(args) | dict(out=str(args.out), problems=problems)
+    given = vars(args) | dict(out=str(args.out), problems=problems)
+    path = args.out / "config.json"
     if path.exists() and not args.resume:
         raise UserError(f"expected no run in --out {args.out}; add --resume or name another")
     if path.exists():
@@ -953,8 +965,14 @@ def open_out(args, problems, **about):
 
 # ---- pictures and the table
 
-matplotlib.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.25, "savefig.dpi": 130})
+matplotlib.rcParams.update({
+    "font.size": 13,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "savefig.dpi": 130,
+})
 T_975 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t for 1, 2... seeds
 RATE = "pass rate of the group, k/G"
 
