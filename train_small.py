@@ -916,8 +916,8 @@ def run_arm(args, arm, seed, data):
             if step:
                 with fitting("lower --micro-batch-tokens and add --resume"):
                     metrics, text = take_step(step, optimizer)
-            last = step == steps
-            splits = ["eval"] * (last or step > 0 == step % eval_every) + ["test"] * last
+            last, due = step == steps, step > 0 and step % eval_every == 0
+            splits = ["eval"] * (last or due) + ["test"] * last
             scores, answers = evaluate(args, seed, policy, data, splits)
             return metrics | scores, text + answers
         return train(args.out / name, policy.model, range(steps + 1), one_step)
