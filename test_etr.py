@@ -1127,7 +1127,8 @@ def test_answers_that_real_models_wrote():
 
 
 HOSTILE = ["1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400", "__import__('os').abort()", "\x00",
-           "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "\ud800", "1_2", "١٢", "9^{9^{9^9}}=x"]
+           "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "\ud800", "1_2",
+           "١٢", "9^{9^{9^9}}=x"]
 
 
 def test_hostile_answers_earn_nothing_and_take_no_time():
