@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-import itertools
 import json
 import math
 import multiprocessing
@@ -19,10 +18,7 @@ import time
 import weakref
 from argparse import Namespace
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent / "plots"))
 
 import numpy as np
 import pytest
@@ -34,7 +30,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import etr
-import lab
 import train_small as ts
 
 # ---- etr.py and the README's code
@@ -83,14 +78,6 @@ def test_gradient_stops_only_where_a_token_has_left_the_way_it_was_pushed():
     close(stats, torch.tensor(means).float())
 
 
-@table("bounds", [None, (0.0, 0.0), (0.2, 0.28)])
-def test_the_first_inner_step_does_not_depend_on_the_bounds(bounds):
-    new, _, A, *per_row, mask = example()
-    _, gradient, stats = run(new, new, A, *(bounds or per_row), mask)
-    close(gradient, -A[:, None] * mask / mask.sum())
-    assert stats.tolist() == [0, 0, 0, 1, 0]
-
-
 def test_elasticities_of_zero_are_grpo_bit_for_bit():
     new, old, _, _, _, mask = example(dtype=torch.float32)
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
@@ -136,8 +123,9 @@ def test_an_elasticity_is_d_log_radius_by_d_log_signal(elasticity):
     close((budgets[1] / budgets[0]).sqrt(), torch.tensor(2**elasticity))
 
 
-@table("rewards", [*([x] * G for x in (0.1, 1 / 3, 1e6 + 0.1) for G in (3, 7, 10)), [0, 0],
-                   [1000, 1000.00006, 1000, 1000], [-1e6, -1e6 - 0.06], [0.1 + 0.2, 0.3]], ids=str)
+@table("rewards", [
+    [0.1] * 3, [1 / 3] * 7, [1e6 + 0.1] * 10, [0, 0], [0.1 + 0.2, 0.3],
+    [1000, 1000.00006, 1000, 1000], [-1e6, -1e6 - 0.06]], ids=str)
 def test_equal_rewards_carry_no_signal_however_they_round(rewards):
     rewards = torch.tensor([rewards, rewards])
     assert not etr.group_advantages(rewards).any() | etr.variance_budgets(rewards).any()
@@ -147,27 +135,24 @@ def test_equal_rewards_carry_no_signal_however_they_round(rewards):
 @table("unit", [1e-8, 1e8, -1, True])
 def test_neither_unit_nor_type_of_the_rewards_matters(unit):
     rewards = torch.tensor([[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]])
-    close(etr.group_advantages(rewards[:, :3] + 1e4), etr.group_advantages(rewards[:, :3]))
     same = rewards.bool() if unit is True else rewards * unit
-    close(etr.group_advantages(same), etr.group_advantages(rewards) * math.copysign(1, unit))
+    A = etr.group_advantages(rewards) * math.copysign(1, unit)
+    close(etr.group_advantages(same), A)
     close(etr.variance_budgets(same), torch.tensor([6 / 7, 8 / 7, 0]))
-    close(etr.group_advantages(same, False)[0], torch.tensor([3, -1, -1, -1]) / 4 * unit)
+    centered = etr.group_advantages(same, normalize=False)[0]
+    close(centered, torch.tensor([3, -1, -1, -1]) / 4 * unit)
 
 
 @table("rows", [1, 2, 4])
-def test_accumulation_is_exact_with_the_denominator_and_wrong_as_a_mean_of_means(rows):
+def test_accumulation_is_exact_with_the_denominator(rows):
     *args, mask = example()
     mask[0] = False  # at one row a micro-batch without a token
     loss, gradient, _ = run(*args, mask)
-    pieces = [*zip(*(x.split(rows) for x in (*args, mask)))]
+    pieces = zip(*(x.split(rows) for x in (*args, mask)))
     exact = [run(*piece, mask.sum()) for piece in pieces]
     close(torch.cat([x[1] for x in exact]), gradient)
     close(sum(x[0] for x in exact), loss)
-    if rows == 1:
-        assert not exact[0][2].any()
-    else:
-        means = torch.cat([run(*piece)[1] * rows / 8 for piece in pieces])
-        assert (means - gradient).norm() > 0.05 * gradient.norm()
+    assert rows > 1 or not exact[0][2].any()
 
 
 @table("padding", [nan, -inf, inf, 1e30])
@@ -193,20 +178,16 @@ def test_bf16_stats_are_those_of_fp32_and_a_small_kl_is_half_the_square(size):
     rest = torch.linspace(-1, 1, 8), 0.2, 0.2, ones(8, 12)
     bf16, fp32 = run(new, old, *rest), run(new.float(), old.float(), *rest)
     close(bf16[2], fp32[2], rtol=1e-5, atol=0)
-    close(bf16[1].float(), fp32[1], rtol=1e-2, atol=0)
     kl = run(ones(8, 12) * size, 0 * ones(8, 12), *rest)[2][4]
     close(kl, torch.tensor(size**2 / 2), rtol=1e-3 + size, atol=0)
 
 
 BAD = {
-    etr.group_advantages: [
-        ({"rewards": ones(4, 1)}, r"G >= 2 .* got \(4, 1\)")],
+    etr.group_advantages: [({"rewards": ones(4, 1)}, r"G >= 2 .* got \(4, 1\)")],
     etr.variance_budgets: [
-        ({"rewards": torch.tensor([[1, nan, inf]])}, "below 1e18, got 2 others"),
-        ({"rewards": torch.tensor([[1, 1e20]])}, "below 1e18, got 1 others"),
+        ({"rewards": torch.tensor([[1, nan, 1e20]])}, "below 1e18, got 2 others"),
         ({"elasticity": nan}, "finite elasticity >= 0, got nan")],
     etr.elastic_clip_bounds: [
-        ({"elasticity": -0.5}, "elasticity >= 0, got -0.5"),
         ({"advantages": ones(8)}, r"shape \(P, G\), got \(8,\)"),
         ({"advantages": ones(2, 4) * nan}, "finite advantages, got NaN"),
         ({"budgets": ones(3)}, r"shape \(2,\), got \(3,\)"),
@@ -214,7 +195,7 @@ BAD = {
         ({"clip_low": -0.1}, "clip_high >= 0 .* got -0.1, 0.2, 3.0"),
         ({"scale_max": 5.0}, r"scale_max < 1, got 0.2 \* 5.0")],
     etr.surrogate_loss: [
-        ({"old_logprobs": ones(8, 5)}, r"one shape .* got .*\(8, 12\), \(8, 5\)"),
+        ({"old_logprobs": ones(8, 5)}, r"got .*\(8, 12\), \(8, 5\)"),
         ({"high": ones(6)}, r"floats, got .*\(8,\), \(6,\).*flatten"),
         ({"mask": torch.zeros(8, 12)}, "completion token, got an empty one"),
         ({"denominator": 0}, "positive denominator, got 0")]}
@@ -227,8 +208,6 @@ def test_bad_input_is_answered_by_what_was_expected_and_what_came(function, bad,
     with pytest.raises(ValueError, match="^expected .*" + words):
         function(**good | bad)
 
-
-# The file itself and the README
 
 README = (HERE / "README.md").read_text("utf-8")
 
@@ -244,15 +223,6 @@ def execute(code, **names):
 
 def test_docstring_examples_run():
     assert doctest.testmod(etr) == (0, 4)
-
-
-def test_the_two_marked_lines_are_all_that_differs_from_grpo():
-    source = Path(etr.__file__).read_text()
-    source, macro = re.subn("share.*# ETR: .*", "torch.ones_like(share)", source)
-    source, micro = re.subn("= .*# ETR: .*", "= torch.ones_like(advantages)", source)
-    assert macro == micro == 1
-    rules = execute(source, __name__="without")["bounds_by_pass_rate"](8)[1].values()
-    close([*rules], 4 * [etr.bounds_by_pass_rate(8)[1]["GRPO"]], equal_nan=True)
 
 
 def test_import_loads_torch_and_the_standard_library_only():
@@ -284,7 +254,7 @@ def test_the_readme_diff_ends_at_etr():
 
 
 def reward(ids):
-    return nan if ids[0] > 7 else float(ids[0] % 4)  # nan: without a score
+    return nan if ids[0] > 50 else float(ids[0] % 4)  # nan: without a score
 
 
 class Checked:
@@ -320,80 +290,37 @@ class Checked:
 
 
 def train_with_trl():
-    """Run by two processes that share groups of 4; trains a tiny random model three times."""
+    """Run by two processes that share groups of 4; trains a tiny model three times."""
     import datasets
-    import tokenizers
     import trl
     elastic = execute(blocks("python")[1])["ETRTrainer"]
     checked = type("Elastic", (Checked, elastic), {})
     constant = type("Constant", (elastic,), {"micro": 0, "macro": 0})
-    words = {x: i for i, x in enumerate(["<pad>", "<eos>", *"abcdefgh"])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
     weights = []
     for trainer_class in checked, constant, trl.GRPOTrainer:
-        torch.manual_seed(0)
+        model, tokenizer = ts.built_in_model(0)
         trainer = trainer_class(
-            transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                vocab_size=10, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                num_attention_heads=2, initializer_range=0.3, eos_token_id=1, pad_token_id=0)),
-            lambda completion_ids, **_: [reward(ids) for ids in completion_ids],
+            model, lambda completion_ids, **_: [*map(reward, completion_ids)],
             trl.GRPOConfig(
-                "unused", use_cpu=True, bf16=False, save_strategy="no", learning_rate=0.03,
+                "unused", use_cpu=True, bf16=False, save_strategy="no", learning_rate=0.003,
                 epsilon_high=0.28, num_generations=4, max_completion_length=6, max_steps=12,
                 per_device_train_batch_size=2, steps_per_generation=3, num_iterations=2),
-            datasets.Dataset.from_dict({"prompt": list("abcdefgh")}),
-            processing_class=transformers.PreTrainedTokenizerFast(
-                tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"))
+            datasets.Dataset.from_dict({"prompt": [*ts.NAMES, "gets", "buys"]}),
+            processing_class=tokenizer)
         trainer.train()
         assert getattr(trainer, "clipped", 1) > 0.02
-        weights.append(torch.cat([x.flatten() for x in trainer.model.parameters()]))
-    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+        weights.append(torch.cat([x.flatten() for x in model.parameters()]))
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    trainer.multi_objective_aggregation = "normalize_then_sum"
+    with pytest.raises(ValueError, match="expected multi_objective_aggregation"):
+        elastic._generate_and_score_completions(trainer, [])
 
 
 def test_the_trl_block_has_the_loss_of_etr_and_with_elasticity_0_of_trl(tmp_path):
     pytest.importorskip("trl", reason="TRL block NOT run")
     command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     subprocess.run([sys.executable, *command, __file__], cwd=tmp_path, check=True)
-
-
-def test_the_trl_block_refuses_rewards_that_are_normalized_one_by_one(monkeypatch):
-    trl = pytest.importorskip("trl", reason="TRL block NOT run")
-    elastic = execute(blocks("python")[1])["ETRTrainer"]
-    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", lambda *_: {})
-    trainer = object.__new__(elastic)
-    trainer.multi_objective_aggregation = "normalize_then_sum"
-    with pytest.raises(ValueError, match="expected multi_objective_aggregation='sum_then"):
-        trainer._generate_and_score_completions([])
-
-
-def test_the_verl_block_has_the_loss_of_etr_and_with_scale_1_of_verl():
-    algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl block NOT run")
-    from verl.workers.config import ActorConfig
-    new, old, _, _, _, mask = example(24, dtype=torch.float32)
-    new, order = new.requires_grad_(), torch.randperm(24)
-    scores, index = torch.randint(0, 4, (6, 4)).float(), (order // 4).numpy()
-    scores[0], scores[1, 0] = 1, 30  # no signal; beyond the cap
-    rewards = scores.flatten()[order, None] * torch.eye(12)[0]
-    config = ActorConfig(strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2,
-                         clip_ratio_low=0.02, clip_ratio_high=0.028, clip_ratio_c=1e9,
-                         global_batch_info={"batch_num_tokens": mask.sum()})
-
-    def verl(estimator, mode):
-        A, _ = algos.get_adv_estimator_fn(estimator)(rewards, mask, index)
-        pieces = zip(*(x.split(4) for x in (old, new, A, mask)))
-        loss = sum(algos.get_policy_loss_fn(mode)(*x, "token-mean", config)[0] for x in pieces)
-        return loss, *torch.autograd.grad(loss, new), A[:, 0].float()
-
-    execute(blocks("python")[2])
-    grpo = verl("grpo", "vanilla")
-    A, budgets = etr.group_advantages(scores), etr.variance_budgets(scores)
-    bounds = (x.flatten()[order] for x in etr.elastic_clip_bounds(A, budgets, 0.02, 0.028))
-    close(verl("etr", "etr")[:2], run(new, old, grpo[2], *bounds, mask)[:2])
-    with pytest.raises(ValueError, match="expected float64"):
-        verl("grpo", "etr")
-    algos.ADV_ESTIMATOR_REGISTRY.pop("etr")
-    execute(re.sub("scale = radius /.*", "scale = 0 * radius + 1", blocks("python")[2]))
-    assert all(map(torch.equal, verl("etr", "etr"), grpo))
 
 
 # ---- train_small.py: the parts
@@ -492,14 +419,15 @@ def test_in_bf16_the_cache_has_no_fp32(warm, monkeypatch):
         (torch.bfloat16, torch.bfloat16)}
 
 
-def test_the_warm_start_reaches_its_rate_however_short(warm, monkeypatch):
+@table("steps", [3, 16, 300])
+def test_the_warm_start_reaches_its_rate_however_short(warm, monkeypatch, steps):
     args, policy, problems = warm
-    for steps in 3, 16, 300:
-        rates, given = [], Namespace(**vars(args) | dict(warmup_steps=steps, warmup_batch=1))
-        monkeypatch.setattr(ts, "apply_gradients", lambda *at: rates.append(at[2]))
-        for step in range(1, steps + 1):
-            ts.warmup_step(given, 0, step, None, policy, problems)
-        assert 0.6 < max(rates) / args.warmup_rate <= 1 and rates[-1] < 0.11 * args.warmup_rate
+    rates, given = [], Namespace(**vars(args) | dict(warmup_steps=steps, warmup_batch=1))
+    monkeypatch.setattr(ts, "apply_gradients", lambda *at: rates.append(at[2]))
+    for step in range(1, steps + 1):
+        ts.warmup_step(given, 0, step, None, policy, problems)
+    assert 0.6 < max(rates) / args.warmup_rate <= 1
+    assert rates[-1] < 0.11 * args.warmup_rate
 
 
 def test_completions_stop_at_the_first_end_token_and_no_draw_depends_on_who_has_left(warm):
@@ -514,11 +442,11 @@ def test_completions_stop_at_the_first_end_token_and_no_draw_depends_on_who_has_
 
 def test_sampling_is_from_the_full_softmax_and_greedy_its_maximum(warm, monkeypatch):
     policy, problems, n = tied_with_bias(warm[1]), warm[2][:1], 20000
-    policy.model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=1, top_p=0.1, repetition_penalty=3.0, temperature=0.1)
     policy.model.lm_head.bias.data[[0, 1, -1]] = -math.inf
-    p = policy.model(input_ids=torch.tensor([problems[0].prompt])).logits[0, -1].softmax(0)
-    seen = roll(policy, problems, 1, n).tokens.flatten().bincount(minlength=len(p)) / n
+    p = policy.model(input_ids=torch.tensor([problems[0].prompt]))
+    p = p.logits[0, -1].softmax(0)
+    seen = roll(policy, problems, 1, n).tokens.flatten()
+    seen = seen.bincount(minlength=len(p)) / n
     assert ((seen - p).abs() < 5 * (p / n).sqrt() + 1e-4).all()
     assert roll(policy, problems, 1, 1, temperature=0).tokens == p.argmax()
     for u in 0.0, 1 - 2.0**-24:
@@ -566,16 +494,6 @@ def test_groups_with_equal_rewards_are_not_run_and_change_nothing(warm):
     assert sum(run) == (rollouts.mask * (A != 0)).sum() < rollouts.mask.sum()
 
 
-def test_a_non_finite_update_is_skipped_and_a_step_of_them_ends_the_run(warm, monkeypatch):
-    loss, factors = etr.surrogate_loss, itertools.cycle([1, math.nan])
-    monkeypatch.setattr(etr, "surrogate_loss", lambda *a: (loss(*a)[0] * next(factors), {}))
-    metrics, change = step_of(warm, "grpo", updates_per_step=4)
-    assert 0 < metrics["updates_skipped"] < 4 and change.isfinite().all()
-    factors = itertools.repeat(math.nan)
-    with pytest.raises(ts.UserError, match="expected a finite gradient in step 1"):
-        step_of(warm, "grpo", updates_per_step=1)
-
-
 # ---- train_small.py: runs
 
 TINY = """--steps 4 --prompts-per-step 8 --group-size 4 --updates-per-step 4 --learning-rate 2e-3
@@ -601,7 +519,7 @@ def left_by(out):
     assert not [*out.rglob("*.tmp")]
     files = [*out.glob("*/*s.jsonl"), *out.glob("*/*.txt"), *out.glob("*/*/*.safetensors")]
     assert len(files) >= 8
-    times = rb'"(seconds|tokens_per_second)": [^,}]*'
+    times = rb'"seconds": [^,}]*'
     return {path.relative_to(out): re.sub(times, b"", path.read_bytes()) for path in files}
 
 
@@ -613,42 +531,34 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_promises_and_arms_share_their_start(undisturbed):
-    grpo, elastic = ([json.loads(line) for line in (undisturbed / name).open()]
-                     for name in ("grpo-seed0/metrics.jsonl", "etr-seed0/metrics.jsonl"))
-    results, config = (json.loads((undisturbed / name).read_text())
-                       for name in ("results.json", "config.json"))
-    assert {*config, *results[0], *grpo[1]} == {*"""
-        arm seed seconds clip_fraction_mean entropy_first
-        entropy_last pass1_before pass1_after greedy_before greedy_after passk_before passk_after
-        right_before right_after arguments device threads sizes versions
-        step reward_mean entropy clip_fraction clip_fraction_low clip_fraction_high ratio_mean
-        approx_kl frac_reward_zero_std completion_length_mean grad_norm updates_skipped
-        tokens_per_second by_correct""".split()}
-    assert len([*undisturbed.glob("*.png")]) == 2
+    grpo, elastic = (
+        [json.loads(line) for line in (undisturbed / name / "metrics.jsonl").open()]
+        for name in ("grpo-seed0", "etr-seed0"))
+    for name in "reward_mean entropy approx_kl frac_reward_zero_std by_correct".split():
+        assert f"`{name}`" in README and name in grpo[1]
+    assert (undisturbed / "accuracy_entropy.png").exists()
     assert ["eval_pass1" in line for line in grpo] == [True, False, True, False, True]
     for step, name in (0, "eval_pass1"), (1, "entropy"):
         assert grpo[step][name] == elastic[step][name]
+    row = json.loads((undisturbed / "results.json").read_text())[1]
+    assert (row["arm"], row["pass1_after"]) == ("etr", elastic[-1]["test_pass1"])
 
 
-def test_a_run_killed_and_moved_ends_as_if_it_had_not_been(tmp_path):
-    """The long form takes the default run: KILLS=20 python -m pytest -k killed"""
-    kills = int(os.environ.get("KILLS", 2))
-    flags = ["--device", "cpu"] if "KILLS" in os.environ else TINY
-    started, whole = time.time(), tmp_path / "whole"
-    assert not start(whole, *flags).wait()
+def test_a_run_killed_and_moved_ends_as_if_it_had_not_been(undisturbed, tmp_path):
+    kills, started = 2, time.time()
+    assert not start(tmp_path / "timed", *TINY).wait()
     longest = time.time() - started
-    while kills > 0:
-        out = tmp_path / f"run{kills}"
-        while not (out / "results.json").exists():
-            process = start(out, *flags)
-            try:
-                assert not process.wait(random.random() * longest if kills > 0 else None)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills -= 1
-                out = out.rename(f"{out}+") if out.exists() else out
-        assert left_by(out) == left_by(whole)
+    out = tmp_path / "run"
+    while not (out / "results.json").exists():
+        process = start(out, *TINY)
+        try:
+            assert not process.wait(random.random() * longest if kills > 0 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills -= 1
+            out = out.rename(f"{out}+") if out.exists() else out
+    assert left_by(out) == left_by(undisturbed)
 
 
 def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(undisturbed, tmp_path, capsys):
@@ -660,28 +570,27 @@ def test_a_second_process_is_refused_and_ctrl_c_says_how_to_go_on(undisturbed, t
     assert "no other process" in last_words(capsys)
     process.send_signal(signal.SIGINT)
     assert "--resume" in process.communicate()[1].splitlines()[-1]
-    assert process.returncode == 130 and (tmp_path / "mechanism.png").exists()
+    assert process.returncode == 130
     assert main(tmp_path, "--resume") == 0
     assert left_by(tmp_path) == left_by(undisturbed)
 
 
-def test_checkpoints_take_a_twentieth_of_the_time_whatever_a_step_takes(tmp_path, monkeypatch):
-    for seconds, steps, count in (0.1, 1000, 6), (1, 100, 6), (100, 10, 11):
-        clock, saves, save = [0.0], [], ts.save
+@table("seconds, steps, count", [(0.1, 1000, 6), (1, 100, 6), (100, 10, 11)])
+def test_checkpoints_take_a_twentieth_of_the_time_whatever_a_step_takes(
+        tmp_path, monkeypatch, seconds, steps, count):
+    clock, saves = [0.0], []
 
-        def slow(path, value):
-            saves.extend([path] * (path.suffix == ".pt"))
-            clock[0] += path.suffix == ".pt"
-            save(path, value)
+    def save(path, _):
+        saves.extend([path] * (path.suffix == ".pt"))
+        clock[0] += path.suffix == ".pt"  # a second
 
-        def step(*_):
-            clock[0] += seconds
-            return {}, ""
-        monkeypatch.setattr(ts, "save", slow)
-        monkeypatch.setattr(ts.time, "perf_counter", lambda: clock[0])
-        ts.train(tmp_path / str(seconds), torch.nn.Linear(1, 1), range(steps + 1), step)
-        monkeypatch.undo()
-        assert abs(len(saves) - count) <= 1
+    def step(*_):
+        clock[0] += seconds
+        return {}, ""
+    monkeypatch.setattr(ts, "save", save)
+    monkeypatch.setattr(ts.time, "perf_counter", lambda: clock[0])
+    ts.train(tmp_path, torch.nn.Linear(1, 1), range(steps + 1), step)
+    assert abs(len(saves) - count) <= 1
 
 
 def test_a_resumed_run_lets_the_weights_of_its_checkpoint_go(tmp_path, monkeypatch):
@@ -698,14 +607,16 @@ def test_a_resumed_run_lets_the_weights_of_its_checkpoint_go(tmp_path, monkeypat
     assert json.loads(line)["x"] == [None, None]
 
 
-def test_evaluation_has_no_more_rows_than_a_rollout_batch(warm, monkeypatch, capsys):
+def test_evaluation_has_no_more_rows_than_a_rollout_batch(warm, monkeypatch):
     args, policy, problems = warm
     rows, sample = [], ts.sample
     monkeypatch.setattr(ts, "sample", lambda *a: rows.append(len(a[1])) or sample(*a))
     scores, _ = ts.evaluate(args, 0, policy, dict(eval=problems[:20]), ["eval"])
-    assert sum(rows) == 20 * 9 and max(rows) <= 64 and len(scores["eval_right"]) == 20
+    assert sum(rows) == 20 * 9 and max(rows) <= 64
     right = np.array(scores["eval_right"])
-    close((scores["eval_pass1"], scores["eval_passk"]), (right.mean() / 8, (right > 0).mean()))
+    means = right.mean() / 8, (right > 0).mean()
+    close((scores["eval_pass1"], scores["eval_passk"]), means)
+    assert len(right) == 20 and 0 < means[0] < means[1]
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(undisturbed, tmp_path):
@@ -721,9 +632,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturb
     before, config = left_by(undisturbed), undisturbed / "config.json"
     kept = config.read_text()
     for text, flags, words in (
-            (kept, "", "add --resume"), (kept, "--resume --steps 9", "steps 4 instead of 9"),
+            (kept, "", "add --resume"),
+            (kept, "--resume --steps 9", "steps 4 instead of 9"),
             (kept.replace('"problems": "', '"problems": "0'), "--resume", "problems"),
-            *((text, "--resume", "config.json") for text in ("", "[1]", '{"arguments": 1}'))):
+            ("", "--resume", "config.json"), ("[1]", "--resume", "config.json")):
         config.write_text(text)
         assert main(undisturbed, *flags.split()) == 2
         assert words in last_words(capsys)
@@ -732,9 +644,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturb
     assert "config.json beside" in last_words(capsys)
     config.write_text(kept)
     assert left_by(undisturbed) == before
-    for stray in "grpo-seed0 (copy)", "foo-seed3", "warmup-seed0 (copy)":
-        (undisturbed / stray).mkdir()
-        (undisturbed / stray / "metrics.jsonl").write_text("{")
+    stray = undisturbed / "foo-seed0"
+    stray.mkdir()
+    (stray / "metrics.jsonl").write_text("{")
     assert main(f"{undisturbed.parent}/./{undisturbed.name}/", "--resume") == 0
 
 
@@ -743,9 +655,9 @@ def test_more_seeds_and_arms_join_a_finished_run_and_each_row_has_its_own_number
     out = shutil.copytree(undisturbed, tmp_path / "out")
     assert main(out, "--resume", "--seeds", "2", "--algos", "grpo", "micro") == 0
     rows, old = (json.loads((x / "results.json").read_text()) for x in (out, undisturbed))
-    assert [(row["arm"], row["seed"]) for row in rows] == [
-        *itertools.product(["grpo", "micro"], [0, 1])]
     assert rows[0] == old[0]
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        ("grpo", 0), ("grpo", 1), ("micro", 0), ("micro", 1)]
     metrics = out / "grpo-seed0/metrics.jsonl"
     for text in "", metrics.read_text()[:-9]:
         metrics.write_text(text)
@@ -808,30 +720,26 @@ def real_task(folder, task, *rows):
     return [*flags.split(), "--task", task, "--data", str(folder)]
 
 
-@table("task, levels", [
-    ("gsm8k", [1, 2, 3]), ("math", ["Level 1", "Level 2", "Level 3"]), ("math", [1, 2, 3.0])])
+@table("task, levels", [("gsm8k", [1, 2, 3]), ("math", ["Level 1", 2, 3.0])])
 def test_problems_are_split_without_overlap_by_number_and_level(tmp_path, task, levels):
     rows = [json.dumps(a_row(task, i, levels[i % 3])) for i in range(99, 159)]
     argv = real_task(tmp_path, task, "\ufeff" + rows[0], *rows[1:])  # with a byte-order mark
     argv += "--levels 1 3 --train-problems 50".split()
     parts = ts.load_problems(ts.parse_args(argv))
-    found = [problem for part in parts.values() for problem in part]
     assert [*map(len, parts.values())] == [50, 4, 9, 2]
     assert not {*parts["train"]} & {*parts["eval"], *parts["test"], *parts["examples"]}
-    assert all(int(p.answer) < 99 or int(p.answer) % 3 != 2 for p in found)
+    answers = [int(problem.answer) for part in parts.values() for problem in part]
+    assert all(answer < 99 or answer % 3 != 2 for answer in answers)
 
 
 SIZE = dict(  # each architecture takes what it knows
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, pad_token_id=0,
     num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=1, head_dim=8,
     initializer_range=0.2, num_experts=4, moe_intermediate_size=16, num_heads=8, d_inner=48,
-    mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, n_mamba_heads=8, mamba_headdim=8, d_head=8,
-    full_attn_idxs=[1], attn_layer_indices=[1], logits_scaling=4.0, word_embed_proj_dim=32)
+    d_head=8, full_attn_idxs=[1], logits_scaling=4.0, word_embed_proj_dim=32)
 RIGHT = "GPT2 GPTNeoX OPT Phi Mistral Gemma3Text Qwen2 Qwen3 Qwen2Moe Mixtral Llama".split()
-WRONG = """Gemma2 Granite Mamba Mamba2 Rwkv FalconH1 Lfm2 Qwen3Next Qwen3_5Text Bamba
-    GraniteMoeHybrid Zamba2 MiniMax XLNet""".split()
-WINDOW = dict(sliding_window=8)
-MORE = dict(Mistral=WINDOW, Gemma2=WINDOW, Gemma3Text=WINDOW, Zamba2=dict(num_hidden_layers=54))
+WRONG = "Gemma2 Granite Mamba Rwkv Lfm2 Qwen3Next MiniMax XLNet".split()
+MORE = dict.fromkeys(["Mistral", "Gemma2", "Gemma3Text"], dict(sliding_window=8))
 
 
 @table("name", RIGHT + WRONG)
@@ -868,16 +776,17 @@ def save_model(folder, template=CHATML, **config):
     return str(folder)
 
 
-def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys):
-    argv = real_task(tmp_path, "gsm8k") + ["--out", str(tmp_path / "out"), "--model"]
-    for name, change in ("lm_head.weight", {}), ("layers.2.", dict(num_hidden_layers=3)):
-        folder = Path(save_model(tmp_path / name, **change))
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        weights = {key: value for key, value in weights.items() if name not in key}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", dict(format="pt"))
-        assert ts.main([*argv, str(folder)]) == 2
-        message = last_words(capsys)
-        assert name in message and str(folder) in message
+@table("name, change", [("lm_head.weight", {}), ("layers.2.", dict(num_hidden_layers=3))])
+def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys, name, change):
+    folder = save_model(tmp_path / "model", **change)
+    path = Path(folder, "model.safetensors")
+    weights = safetensors.torch.load_file(path)
+    weights = {key: value for key, value in weights.items() if name not in key}
+    safetensors.torch.save_file(weights, path, dict(format="pt"))
+    argv = [*real_task(tmp_path, "gsm8k"), "--out", str(tmp_path / "out"), "--model", folder]
+    assert ts.main(argv) == 2
+    message = last_words(capsys)
+    assert name in message and folder in message
 
 
 def test_a_warm_start_learns_the_tokens_of_the_whole_chat(tmp_path):
@@ -893,35 +802,32 @@ def test_a_warm_start_learns_the_tokens_of_the_whole_chat(tmp_path):
     assert problem.prompt + problem.target == whole
 
 
-@table("template, prompt, target", [
-    (None, "Question: 4\nAnswer:", " 5<eos>"),
-    (CHATML, "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n ", "5<|im_end|>"),
-    (CHATML.replace("{{ turn.content", "{{ '# ' * (turn.role != 'user') + turn.content"),
-     "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n ", "# 5<|im_end|>")])
-def test_a_turn_ends_where_its_chat_template_ends_it(tmp_path, template, prompt, target):
+@table("template, chat", [
+    (None, "Question: 4\nAnswer: 5<eos>"),
+    (CHATML, "<|im_start|>user \n 4<|im_end|>\n<|im_start|>assistant \n 5<|im_end|>")])
+def test_a_turn_ends_where_its_chat_template_ends_it(tmp_path, template, chat):
     policy = ts.load_model(save_model(tmp_path, template), "cpu", 0)
     problem, = ts.encode(policy, [ts.Problem("4", "5", "5")], [])
-    for got, text in (problem.prompt, prompt), (problem.target, target):
-        assert got == policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert {1, problem.target[-1]} <= {*policy.stop}
+    chat = policy.tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert [problem.prompt, problem.target] == [chat[:-2], chat[-2:]]
+    assert {1, chat[-1]} <= {*policy.stop}
 
 
 GSM8K = '{"question": "?", "answer": %s}'
 MATH = '{"problem": "?", "solution": "\\\\boxed{7}", "level": %s}'
-ARGUMENTS = """--task chess: chess; --algos ppo: ppo; --group-size 1: int in [2, inf);
-    --steps many: many; --learning-rate nan: float; --clip 0.4: 0.333; --device abacus: cpu;
-    --model gpt2: built-in; --max-new-tokens 500: at most 128 tokens; --levels 3: gsm8k or math;
+ARGUMENTS = """--task chess: chess; --group-size 1: int in [2, inf); --steps many: many;
+    --learning-rate nan: float; --clip 0.4: 0.333; --device abacus: cpu; --model gpt2: built-in;
+    --max-new-tokens 500: at most 128 tokens; --levels 3: gsm8k or math;
     --seed 9223372036854775808: in [0, 9.22337e+18);
     --train-problems 8: --prompts-per-step 32; --task gsm8k: --data;
     --task gsm8k --data nowhere: train.jsonl"""
 ROWS = [
     "{", "[1]", "[" * 10**5, '{"question": "?"}', '{"question": 5, "answer": "#### 7"}',
-    *(GSM8K % answer for answer in ("true", "null", '"7"', '"#### 7\\ud800"', "1" * 5000)),
-    *(MATH % level for level in ("null", "true", '"easy"')), '{"problem": "?", "level": 1}']
+    *(GSM8K % answer for answer in ("7", "null", '"7"', '"#### 7\\ud800"')),
+    *(MATH % level for level in ("null", '"easy"')), '{"problem": "?", "level": 1}']
+REFUSING = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
 TEMPLATES = [
-    "{{ raise_exception('no') }}", "{% if %}", "{{ messages[0].content[0].text }}",
-    "{{ bos_token + '' }}" + CHATML, dict(one=CHATML, two=CHATML),
-    "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML]
+    REFUSING, "{% if %}", "{{ messages[0].content[0].text }}", dict(one=CHATML, two=CHATML)]
 
 
 @table("words, flags, text, changes", [
@@ -929,7 +835,6 @@ TEMPLATES = [
     *(("in line 2 of", "", text, {}) for text in ROWS),
     *(("chat template", "", "", dict(template=template)) for template in TEMPLATES),
     ("8 embeddings", "", "", dict(vocab_size=8)),
-    ("at most 15 tokens", "", "", dict(max_position_embeddings=15)),
     ("at most 13 tokens", "--warmup-steps 1 --max-new-tokens 1", "",
      dict(max_position_embeddings=13)),
     ("right behind its prompt", "--warmup-steps 1", "", dict(template=THINK)),
@@ -949,18 +854,13 @@ def test_a_mistake_gets_one_sentence_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-@table("task, row", [("gsm8k", GSM8K % 18), ("math", MATH % "3.0")])
+@table("task, row", [
+    ("gsm8k", GSM8K % '"#### 18"'), ("math", MATH % "3.0")])
 @table("how", ["--warmup-steps", "--shots"])
 def test_a_real_task_runs_with_model_and_data_from_folders(tmp_path, task, row, how):
     argv = real_task(tmp_path, task, row) + ["--model", save_model(tmp_path / "model")]
     assert ts.main([*argv, how, "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
     assert len((tmp_path / "out/etr-seed0/metrics.jsonl").read_text().splitlines()) == 3
-
-
-def test_the_band_is_students_interval():
-    x, mean, half = ts.mean_and_band([{0: 1, 10: 2}, {0: 2, 10: 2, 20: 5}, {0: 6, 10: 2}])
-    assert x == [0, 10] and mean.tolist() == [3, 2]
-    assert half == pytest.approx([4.3027 * np.std([1, 2, 6], ddof=1) / 3**0.5, 0], rel=1e-3)
 
 
 def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, tmp_path):
@@ -972,30 +872,18 @@ def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, 
     assert "--micro-batch-tokens" in last_words(capsys)
 
 
-def test_a_bar_in_a_log_prints_at_most_a_line_every_half_minute(monkeypatch, capsys, tmp_path):
-    clock = itertools.count()
-    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
-    ts.train(tmp_path, torch.nn.Linear(1, 1), range(100), lambda *_: ({}, ""))
-    assert 1 <= capsys.readouterr().err.count("\r") <= next(clock) / 30 + 1  # the last, and 100 %
-
-
 def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(tmp_path):
-    here = Path(__file__).resolve().parent
-    text = (here / "README.md").read_text() + (here / "plots/README.md").read_text()
+    text = README + (HERE / "plots/README.md").read_text()
     commands = re.findall(r"python train_small\.py([^`\n|]*)", text)
-    assert len(commands) == 3
+    assert len(commands) >= 3
     for command in commands:
         ts.parse_args(command.split())
-    flags = {*re.findall(r"`(--[a-z-]+)", text)}
-    known = {*re.findall(r'add\("(--[a-z-]+)', Path(ts.__file__).read_text())}
-    assert len(flags) > 8 and flags <= known
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (here / path).exists() or (here / "plots" / path).exists(), path
-    shutil.copytree(here, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", ".*"))
-    draw = [sys.executable, tmp_path / "copy/plots/evidence.py", "draw"]
+        assert (HERE / path).exists() or (HERE / "plots" / path).exists(), path
+    copy = shutil.copytree(HERE, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", ".*"))
+    draw = [sys.executable, copy / "plots/evidence.py", "draw"]
     subprocess.run(draw, check=True)
-    readme = tmp_path / "copy/README.md"
-    readme.write_text(readme.read_text().replace("etr +0.9 ± 0.7", "etr +1.9 ± 0.7"))
+    (copy / "README.md").write_text(README.replace("etr +0.9 ± 0.7", "etr +1.9 ± 0.7"))
     refused = subprocess.run(draw, capture_output=True, text=True)
     assert refused.returncode == 1 and "as the csv says" in refused.stderr
 
@@ -1008,8 +896,8 @@ DATA = Path(__file__).resolve().parent.parent / "shared/data"
 # A line holds the gold answer and then answers, all right or all wrong.
 MATH_RIGHT = r"""
 42 ; {42} ; (42) ; 42\quad ; \boldsymbol{42} ; \textcolor{red}{42} ; x = 42 ; AB=42
-42 ; x_1=42 ; \text{Answer: }42 ; P(A)=42 ; m+n=42 ; 6 \times 7 = 42 ; \$42 ; 42\% ; 42.0
-42 ; 42\text{ cm} ; $42$ ; \angle ABC=42 ; \color{blue}42 ; 21 x 2 = 42
+42 ; \text{Answer: }42 ; m+n=42 ; 6 \times 7 = 42 ; \$42 ; 42\% ; 42.0 ; \color{blue}42
+42 ; 42\text{ cm} ; $42$ ; \angle ABC=42 ; 21 x 2 = 42
 \frac{1}{2} ; 0.5 ; .5 ; 1/2 ; \frac12 ; \dfrac{1}{2} ; x=\frac12 ; \left(\frac12\right)
 1,-2 ; \{-2,1\} ; -2 \text{ and } 1
 36\pi ; 36\pi\text{ cm}^2 ; 36π ; V = 36\pi
@@ -1018,7 +906,7 @@ x^2+1 ; f(x)=x^2+1 ; 1+x^2 ; \textcolor{red}{x^2+1} ; (x^2+1)
 (1,2) ; (x,y)=(1,2) ; (1, 2) ; \left(1,2\right)
 (-\infty,3] ; x ≤ 3 ; x\le 3 ; 3 \ge x ; x \in (-\infty,3]
 \frac72 ; 3 1/2 ; 3\frac12 ; 3.5 ; \frac{14}{4}
-45 ; 45\degree ; 45^\circ ; 45° ; 45^{\circ} ; 45^\circ\text{F}
+45 ; 45\degree ; 45^\circ ; 45° ; 45^{\circ}
 \text{(A)} ; A ; \textbf{(A)} ; {a}
 \begin{pmatrix}1\\2\end{pmatrix} ; \begin{bmatrix}1\\2\end{bmatrix}
 4t ; t\cdot4 ; 4 t
@@ -1034,17 +922,14 @@ MATH_WRONG = r"""
 4t ; 4 ; 4s
 11_2 ; 11_3 ; 3 ; 11
 \frac{1}{2004!} ; \frac1{2005!}
-10^{-40} ; 10^{-41} ; 0
 (3,4) ; \{3,4\} ; 3,4 ; (4,3)
 (3,400) ; 3400 ; 400
 0.56 = 56\% ; 1 = 56\% ; 0.56 = 57\%
-2h ; 2m ; 2
 x+1 ; x-1 ; y+1 ; -(x+1)
 [0,1) ; [0,1] ; (0,1)
 \{1,2\} ; \{1\} ; 1,2,3
 (-\infty,3] ; x < 3 ; x \ge 3
 y=2x+1 ; y=2x-1 ; x=2y+1
-x^2+y^2=1 ; 1
 \text{east} ; \text{seat}
 """
 GSM8K_RIGHT = r"""
@@ -1068,34 +953,18 @@ def boxed(answer):
     return f"No \\boxed{{7}}: so \\boxed{{{answer}}}."
 
 
-@table("task, right, rows", [("math", 1, MATH_RIGHT), ("math", 0, MATH_WRONG),
-                             ("gsm8k", 1, GSM8K_RIGHT), ("gsm8k", 0, GSM8K_WRONG)])
-def test_answers(task, right, rows):
-    write = boxed if task == "math" else lambda answer: answer.replace(" | ", "\n")
+@table("written", ["{}", "${}$", "{}.", " {}\n"])
+@table("task, right, rows", [
+    ("math", 1, MATH_RIGHT), ("math", 0, MATH_WRONG),
+    ("gsm8k", 1, GSM8K_RIGHT), ("gsm8k", 0, GSM8K_WRONG)])
+def test_answers(task, right, rows, written):
+    def completion(answer):
+        if task == "math":
+            return boxed(written.format(answer))
+        return answer.replace(" | ", "\n") + written.format("").strip("$")
     rows = [line.split(" ; ") for line in rows.strip().split("\n")]
-    cases = [(gold, write(answer)) for gold, *answers in rows for answer in answers]
+    cases = [(gold, completion(answer)) for gold, *answers in rows for answer in answers]
     assert not [case for case in cases if ts.grade(task, case[1], case[0]) != right]
-
-
-CHANGE = [  # one symbol, and what is put in its place: another value
-    (r"(?<![_\d.])[1-9](?!\d)", "0"), (r"\d(?=\d)", "77"), (r"^[1-9]\d*$", r"\g<0>0"),
-    (r"\+", "-"), (r"(?<=[\w)}])-", "+"), (r"^-", ""), (r"^(?=[1-9\\])", "-"), (r"\[", "("),
-    (r"\\pi", "e"), (r"\\sqrt(?!\[)", ""), ("=", "= 1 +"), (r"[1-9]$", r"\g<0>x"), (",", ",-77,"),
-]
-KEEP = [  # a pattern, and what may be put in its place: the same value
-    (r"\\frac", r"\\dfrac"), (r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2"), ("-", "−"), ("$", "."),
-    (r"^\\frac\{(\d+)\}\{(\d+)\}$", r"\1/\2"), (r"(?s)^(.*)$", r"$\1$"),
-    (r"(?<![\\a-z])[(]([^()]*)[)]", r"\\left(\1\\right)"), (r"^", r"\\displaystyle "),
-    (r"(?<=[\d}])$", r"\\text{ cm}^2"), (r"^(-?\d+)$", r"\1.00"), (r"\^2(?!\d)", "²"),
-    (r"^([^=:<>l_]*)$", r"f(x) = \1"), (r"\\sqrt\{(\d+)\}", r"√\1"),
-    (r"^([^-+,=(){}]+)\+([^-+,=(){}]+)$", r"\2+\1"), (r"^(\d{1,3})(?=\d{3}$)", r"\1,"),
-]
-
-
-def rewritten(golds, rules):
-    """[(gold, gold with the first match replaced)] by each rule that has a match."""
-    return [(gold, re.sub(pattern, new, gold, count=1))
-            for gold in golds for pattern, new in rules if re.search(pattern, gold)]
 
 
 def real(name):
@@ -1104,16 +973,12 @@ def real(name):
     return [json.loads(line) for line in (DATA / name).open()]
 
 
-def test_real_golds_equal_themselves_and_what_is_written_for_them():
-    math = {ts.stated_answer("math", row["solution"]) for row in real("math/test.jsonl")} - {""}
-    assert all(ts.grade("math", boxed(gold), gold) == 1 for gold in math)
-    gsm8k = [row["answer"] for row in real("gsm8k/test.jsonl")]
-    assert all(ts.grade("gsm8k", text, text.split("#### ")[1]) == 1 for text in gsm8k)
-    some = sorted(gold for gold in math if "text" not in gold[1:])[::20]
-    for rules, right in ((CHANGE, 0), (KEEP, 1)):
-        pairs = rewritten(some, rules)
-        wrong = [pair for pair in pairs if ts.grade("math", boxed(pair[1]), pair[0]) != right]
-        assert len(pairs) > 300 and not wrong
+def test_real_golds_equal_themselves():
+    for row in real("math/test.jsonl"):
+        gold = ts.stated_answer("math", row["solution"])
+        assert ts.grade("math", boxed(gold), gold) == 1 or not gold
+    for row in real("gsm8k/test.jsonl"):
+        assert ts.grade("gsm8k", row["answer"], row["answer"].split("#### ")[1]) == 1
 
 
 def test_answers_that_real_models_wrote():
@@ -1126,14 +991,15 @@ def test_answers_that_real_models_wrote():
     assert refused["math"] <= 0.003 * total["math"] and refused["gsm8k"] <= 0.002 * total["gsm8k"]
 
 
-HOSTILE = ["1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400", "__import__('os').abort()", "\x00",
-           "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "\ud800", "1_2",
-           "١٢", "9^{9^{9^9}}=x"]
+HOSTILE = [
+    "1" * 10**5, "{" * 10**4, "\\frac{" * 5000, "1e400", "__import__('os').abort()", "\x00",
+    "\u202e21", "\\boxed{" * 3000, "(" * 250, "1/0", "\ud800", "1_2", "١٢", "9^{9^{9^9}}=x",
+    "9^{9^{9^{9^9}}}", "\\sum_{n=1}^{10^{12}} n^{n}"]
 
 
 def test_hostile_answers_earn_nothing_and_take_no_time():
-    for answer in [*HOSTILE, "9^{9^{9^{9^9}}}", "\\sum_{n=1}^{10^{12}} n^{n}"]:
-        for text in (f"\\boxed{{{answer}}}", f"#### {answer}", f"{answer}\n#### 13"):
+    for answer in HOSTILE:
+        for text in f"\\boxed{{{answer}}}", f"#### {answer}", f"{answer}\n#### 13":
             started = time.perf_counter()
             assert ts.grade("gsm8k", text, "12") == ts.grade("math", text, "12") == 0
             assert ts.grade("math", text, "\\frac{x}{12}") == 0
@@ -1147,27 +1013,20 @@ TEXTS = st.lists(PIECES, max_size=14).map("".join)
 
 
 @given(st.one_of(st.text(max_size=60), TEXTS))
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=500, deadline=None, derandomize=True)
 def test_the_verifier_answers_any_text_with_0_or_1(text):
     for task in ("arithmetic", "gsm8k"):
         reward = ts.grade(task, text, "12")
         assert reward == 0.0 or reward == 1.0 and "12" in text
-
-
-@given(TEXTS)
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_the_math_verifier_answers_any_box_with_0_or_1(text):
     assert ts.grade("math", f"\\boxed{{{text}}}", "\\frac{x}{7}") == 0.0
 
 
 def test_where_the_answer_stands():
     stated = ts.stated_answer
     assert stated("math", "\\boxed{3}, \\boxed{5} and $\\boxed{3}$") == "3, 5"
-    assert stated("math", "\\boxed{3}. No, wait: \\boxed {\\frac{1}{5}}") == "\\frac{1}{5}"
     assert stated("math", "\\boxed{5} so \\boxed{5") == stated("math", "\\boxed{}") == ""
     assert stated("math", "so \\boxed 5$") == "5"
-    for text in ("#### 5", "The answer is 5", "\\boxed{5}</think>"):
-        assert stated("math", text) is None
+    assert stated("math", "#### 5") is None
     with pytest.raises(ValueError, match="expected arithmetic, gsm8k, math, got maths"):
         ts.grade("maths", "5", "5")
 
@@ -1175,11 +1034,6 @@ def test_where_the_answer_stands():
 def verdict_is_right(number):
     answer = f"\\boxed{{x+{number - number % 2}}}"
     return ts.grade("math", answer, f"{number}+x") == 1 - number % 2
-
-
-def test_grading_works_from_any_thread():
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(verdict_is_right, range(32)))
 
 
 @table("error", [TimeoutError, KeyboardInterrupt])
@@ -1248,81 +1102,6 @@ def test_the_worker_works_or_says_why_not(tmp_path, path, files, expected):
     shown = subprocess.run([sys.executable, "main/grades.py", HERE], text=True, cwd=tmp_path,
                            capture_output=True, env={**os.environ, "PYTHONPATH": path}).stdout
     assert re.fullmatch(expected, shown)
-
-
-def test_no_process_outlives_a_killed_parent():
-    code = "import train_small as ts; ts.grade('math', '\\\\boxed{9^{9^{9^9}}}', 'x')"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.DEVNULL)
-    while not (left := workers(parent.pid)):
-        assert parent.poll() is None
-    parent.kill()
-    parent.wait()
-    started = time.perf_counter()
-    while any(Path(f"/proc/{pid}").exists() for pid in left):
-        assert time.perf_counter() - started < 60
-        time.sleep(0.1)
-
-
-# ---- plots/lab.py
-
-
-def efficiency_by_enumeration(rule, rates, flip, chain, G=4):
-    """Every group there is: right and wrong tokens of G chains, and every pattern of errors."""
-    weight, advantage = {}, {}  # by (k, what the verifier said)
-    for p in rates:
-        step = p ** (1 / chain)
-        for tokens in itertools.product((0, 1), repeat=G * chain):
-            chance = math.prod(step if token else 1 - step for token in tokens)
-            right = [all(tokens[i * chain:(i + 1) * chain]) for i in range(G)]
-            for errors in itertools.product((0, 1), repeat=G):
-                both = chance * math.prod(flip if error else 1 - flip for error in errors)
-                shown = [truth != error for truth, error in zip(right, errors)]
-                for i in range(G) if 0 < sum(shown) < G else ():
-                    key = sum(shown), shown[i]
-                    a = (p / step if tokens[i * chain] else 0) - p  # accuracy with it, less p
-                    weight[key] = weight.get(key, 0) + both
-                    advantage[key] = advantage.get(key, 0) + both * a
-    micro, macro = etr.RULES[rule]
-    gain = cost = best = 0
-    for (k, says_right), w in weight.items():
-        sigma = math.sqrt(k / G * (1 - k / G))
-        A = (says_right - k / G) / sigma
-        move = math.copysign(abs(A) ** micro * sigma**macro, A)
-        gain += move * advantage[k, says_right]
-        cost += w * move**2
-        best += advantage[k, says_right] ** 2 / w
-    return gain**2 / (cost * best)
-
-
-@table("flip, chain", [(0, 1), (0.1, 1), (0, 2), (0.2, 2)])
-def test_the_closed_form_is_what_enumeration_gives(flip, chain):
-    rates = torch.tensor([0.1, 0.45, 0.8], dtype=torch.float64)
-    for rule in etr.RULES:
-        counted = efficiency_by_enumeration(rule, rates.tolist(), flip, chain)
-        assert lab.efficiency(rule, rates, flip, chain, group=4) == pytest.approx(counted, rel=1e-5)
-
-
-@table("chain", [1, 2])
-def test_accuracy_and_kl_of_two_actions_are_those_of_a_direct_count(chain, monkeypatch):
-    monkeypatch.setattr(lab, "PROMPTS", 1)  # then a seed is one prompt
-    setting = lab.Setting((0.3, 0.7), actions=2, right=1, chain=chain)
-    path, _ = lab.run(setting, "ETR", 0.3, 1.0, 1, 8, seeds=5, key=0)
-    for seed, logits in enumerate(lab.make_problem(setting, 5, 0)[0].tolist()):
-        p = math.prod(math.exp(a) / (math.exp(a) + math.exp(b)) for a, b in logits)
-        q, kl = path[1, [0, 3], seed].tolist()
-        assert float(path[0, 0, seed]) == pytest.approx(p, rel=1e-5)
-        if chain == 1:  # the accuracy is the whole policy
-            counted = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
-            assert kl == pytest.approx(counted, rel=1e-2, abs=1e-7)
-
-
-def test_all_rules_are_one_where_the_laboratory_clips_nothing():
-    wide, narrow = ({rule: lab.run(lab.SETTINGS["10 % flipped"], rule, eps, 1.0, 2, 8, 4, key=0)
-                     for rule in etr.RULES} for eps in (1e3, 0.05))
-    for rule in ("micro", "macro", "ETR"):
-        assert wide[rule][1] == 0 < narrow[rule][1]
-        close(wide[rule][0], wide["GRPO"][0])
-        assert not torch.allclose(narrow[rule][0], narrow["GRPO"][0], atol=1e-4)
 
 
 if __name__ == "__main__":
