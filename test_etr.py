@@ -254,11 +254,11 @@ def test_the_readme_diff_ends_at_etr():
 
 
 def reward(ids):
-    return nan if ids[0] > 50 else float(ids[0] % 4)  # nan: without a score
+    return nan if ids[0] > 40 else float(ids[0] % 4)  # nan: without a score
 
 
 class Checked:
-    """A trainer that compares its loss and gradient with etr's; the bounds computed anew."""
+    """Compares loss and gradient with etr's; the bounds computed anew."""
 
     clipped = 0
 
@@ -534,8 +534,8 @@ def test_a_run_leaves_what_it_promises_and_arms_share_their_start(undisturbed):
     grpo, elastic = (
         [json.loads(line) for line in (undisturbed / name / "metrics.jsonl").open()]
         for name in ("grpo-seed0", "etr-seed0"))
-    for name in "reward_mean entropy approx_kl frac_reward_zero_std by_correct".split():
-        assert f"`{name}`" in README and name in grpo[1]
+    hidden = {name for name in grpo[1] if f"`{name}`" not in README}
+    assert hidden == {"step", "clip_fraction_low", "clip_fraction_high"} and len(grpo[1]) == 13
     assert (undisturbed / "accuracy_entropy.png").exists()
     assert ["eval_pass1" in line for line in grpo] == [True, False, True, False, True]
     for step, name in (0, "eval_pass1"), (1, "entropy"):
@@ -556,7 +556,7 @@ def test_a_run_killed_and_moved_ends_as_if_it_had_not_been(undisturbed, tmp_path
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            kills -= 1
+            kills -= (out / "warmup-seed0").exists()
             out = out.rename(f"{out}+") if out.exists() else out
     assert left_by(out) == left_by(undisturbed)
 
@@ -876,6 +876,7 @@ def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(t
     text = README + (HERE / "plots/README.md").read_text()
     commands = re.findall(r"python train_small\.py([^`\n|]*)", text)
     assert len(commands) >= 3
+    assert abs(ts.mean_and_band([{0: 1}, {0: 2, 9: 5}, {0: 6}])[2] - 6.57) < 0.01
     for command in commands:
         ts.parse_args(command.split())
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
@@ -891,7 +892,7 @@ def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(t
 # ---- the verifier
 
 
-DATA = Path(__file__).resolve().parent.parent / "shared/data"
+DATA = HERE.parent / "shared/data"
 
 # A line holds the gold answer and then answers, all right or all wrong.
 MATH_RIGHT = r"""
@@ -1003,7 +1004,7 @@ def test_hostile_answers_earn_nothing_and_take_no_time():
             started = time.perf_counter()
             assert ts.grade("gsm8k", text, "12") == ts.grade("math", text, "12") == 0
             assert ts.grade("math", text, "\\frac{x}{12}") == 0
-            assert time.perf_counter() - started < 20, text[:60]  # a hang, not a slow machine
+            assert time.perf_counter() - started < 20, text[:60]  # a hang
 
 
 PIECES = st.sampled_from(

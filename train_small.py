@@ -107,7 +107,7 @@ def number(kind, least, below=math.inf):
         if not least <= kind(text) < below:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"{kind.__name__} in [{least:g}, {below:g})"
+    parse.__name__ = f"{kind.__name__} in [{least:g}, {below:g})"  # argparse's
     return parse
 
 
@@ -229,12 +229,11 @@ def to_problem(task, row):
     if task == "gsm8k":
         level = str(solution.count("<<"))  # one annotation a step
         solution = re.sub(r"<<[^>]*>>", "", solution)
-        answer = solution.split("####", 1)[1]
     else:
         level = re.fullmatch(r"(?:Level )?(\d+|\?)(?:\.0)?", str(row["level"]))[1]
-        answer = stated_answer(task, solution)
-        if answer is None:
-            raise ValueError("no \\boxed{}")
+    answer = stated_answer(task, solution)
+    if answer is None:
+        raise ValueError("no answer")
     return level, Problem(question, solution.strip(), answer.strip())
 
 
@@ -432,7 +431,7 @@ def built_in_model(seed):
 
 def load_model(name, device, seed):
     """Policy in fp32: bf16 would lose RL-sized updates."""
-    with expecting(f"--model {name} to be a language model with a chat template"):
+    with expecting(f"a language model (and chat template, if any) in --model {name}"):
         if name == "built-in":
             model, tokenizer = built_in_model(seed)
         else:
@@ -468,7 +467,7 @@ def turns(*texts):
 def encode(policy, problems, examples):
     """The problems with their token ids; examples: in front of each question.
 
-    A target is what a chat writes behind the prompt, to the end of the turn, if it does.
+    target: what the chat has behind the prompt, to the end of the turn, or None.
     """
     shots = [text for example in examples for text in (example.question, example.solution)]
     asked = [turns(*shots, problem.question) for problem in problems]
@@ -572,7 +571,7 @@ def sample(policy, prompts, max_new_tokens, rng, temperature):
             u = torch.rand(B, 1, generator=rng, device=device)[rows]
             cdf = logp.exp().cumsum(-1)
             drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
-            drawn = drawn.clamp(max=logp.shape[1] - 1)  # V where there is NaN
+            drawn = drawn.clamp(max=logp.shape[1] - 1)  # NaN gives V
             token = drawn if temperature else logp.argmax(-1)
             tokens[rows, t] = token
             logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
@@ -608,7 +607,7 @@ def sample_and_grade(policy, args, problems, group_size, key, temperature):
 def score(model, prompts, tokens, mask, rows, micro_batch_tokens, temperature):
     """Yields (some of `rows`, their log-probabilities (b, T), 0 where the mask is false).
 
-    prompts: one per row of tokens and mask (B, T). Call backward() before asking for more.
+    prompts: one per row of tokens and mask (B, T). Call backward() before the next.
     """
     if not rows:
         return
@@ -667,7 +666,7 @@ def make_optimizer(model):
 
 
 def apply_gradients(model, optimizer, learning_rate):
-    """One update. Returns the norm of the gradient, which is clipped to 1."""
+    """One update, clipped to norm 1. Returns the norm before that."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = learning_rate
     optimizer.step()
@@ -685,7 +684,7 @@ def count_by_correct(log_ratio, mask, right, A, low, high):
     below, above = etr.clipped_tokens(ratio, A[:, None], low[:, None], high[:, None])
     kl = log_ratio.expm1() - log_ratio  # the k3 estimator
     sums = [(value * mask).sum(1) for value in (above, below, kl, ratio)]
-    radius = torch.where(right, high, low)
+    radius = torch.where(right, high, low)  # the side that acts
     return torch.stack([count * right, count * ~right, *sums, count * radius**2])
 
 
@@ -703,7 +702,7 @@ def cut_batch(args, rng):
 
 
 def train_step(args, arm, seed, step, optimizer, policy, problems):
-    """One rollout batch and its updates: (metrics, a few rollouts as text)."""
+    """The README's seven steps: (metrics, a few rollouts as text)."""
     model, P, G = policy.model, args.prompts_per_step, args.group_size
     # 1. roll out: which prompts depends on seed and step, never on the arm
     batch, key = seeded("prompts", seed, step).sample(problems, P), ("rollout", seed, step)
@@ -722,19 +721,19 @@ def train_step(args, arm, seed, step, optimizer, policy, problems):
         rows = [i for g in groups if teaches[g] for i in range(g * G, g * G + G)]
         return score(model, prompts, tokens, mask, rows, args.micro_batch_tokens, args.temperature)
     parts = cut_batch(args, seeded("minibatches", seed, step))
-    if model.mixed:  # bf16 rounds by composition: score the old ones in the same parts
+    if model.mixed:  # bf16 rounds by composition: score `old` in the parts to come
         with torch.no_grad():
             for i, logprobs in itertools.chain(*map(scored, parts)):
                 old[i] = logprobs
-    right, correct = rewards.flatten() > 0, rewards.sum(1).long().repeat_interleave(G)
+    right, k = rewards.flatten() > 0, rewards.sum(1).long().repeat_interleave(G)
     sums, norms = torch.zeros(len(BY_CORRECT), G + 1, device=mask.device), []
     for update in range(args.updates_per_step):
         groups = parts[update % len(parts)]
-        size = sum(lengths[g] for g in groups)
+        size = sum(lengths[g] for g in groups)  # of silent ones too
         for i, logprobs in scored(groups):
             loss, _ = etr.surrogate_loss(logprobs, old[i], A[i], low[i], high[i], mask[i], size)
             loss.backward()
-            sums.index_add_(1, correct[i], count_by_correct(
+            sums.index_add_(1, k[i], count_by_correct(
                 logprobs.detach() - old[i], mask[i], right[i], A[i], low[i], high[i]))
         done = (step - 1) * args.updates_per_step + update + 1
         rate = args.learning_rate * min(1.0, done / LR_WARMUP_UPDATES)
@@ -781,7 +780,7 @@ def warmup_step(args, seed, step, optimizer, policy, problems):
         loss.backward()
         total += float(loss.detach())
     rise = step / min(LR_WARMUP_UPDATES, args.warmup_steps / 10)
-    fall = 1 - 0.9 * step / args.warmup_steps  # to end at rest
+    fall = 1 - 0.9 * step / args.warmup_steps  # to a tenth
     apply_gradients(policy.model, optimizer, args.warmup_rate * min(1.0, rise) * fall)
     return dict(step=step, loss=total), ""
 
@@ -794,16 +793,17 @@ def evaluate(args, seed, policy, data, splits):
     """
     scores, text = {}, ""
 
-    def graded(samples, temperature):
+    def graded(split, samples, temperature):
         """Yields (problems, texts, rewards) of at most a rollout batch."""
         at_once = max(1, args.prompts_per_step * args.group_size // samples)
         for start in range(0, len(data[split]), at_once):
             part, key = data[split][start:start + at_once], (split, seed, start)
             yield part, *sample_and_grade(policy, args, part, samples, key, temperature)[1:]
     for split in splits:
-        answers = [*graded(1, temperature=0)]
+        answers = [*graded(split, 1, temperature=0)]
         greedy = torch.cat([rewards for *_, rewards in answers])
-        samples = torch.cat([rewards for *_, rewards in graded(EVAL_SAMPLES, args.temperature)])
+        drawn = graded(split, EVAL_SAMPLES, args.temperature)
+        samples = torch.cat([rewards for *_, rewards in drawn])
         scores |= {
             f"{split}_pass1": float(samples.mean()),
             f"{split}_greedy": float(greedy.mean()),
@@ -832,7 +832,7 @@ def writing(path):  # every library has its own error for a full disk
 
 
 def train(folder, model, steps, one_step):
-    """Calls one_step(step, optimizer) -> (metrics, text) for each of `steps`: all metrics.
+    """Calls one_step(step, optimizer) -> (metrics, text) per step; returns all metrics.
 
     Writes both to `folder`, and now and then a checkpoint, from which it continues.
     """
@@ -842,12 +842,13 @@ def train(folder, model, steps, one_step):
         with expecting(f"a whole {checkpoint}"):
             weights, moments, lines, samples = torch.load(checkpoint, map_location="cpu")
             model.load_state_dict(weights)
-            optimizer.load_state_dict(moments)
-            del weights, moments
+        optimizer.load_state_dict(moments)
+        del weights, moments
     folder.mkdir(exist_ok=True)
     saved, cost = time.perf_counter(), 0.0
     pause = 0.1 if sys.stderr.isatty() else 30  # seconds, in a log file
-    bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause)
+    bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause,
+               miniters=1)
     for step in bar:
         started = time.perf_counter()
         metrics, text = one_step(step, optimizer)
@@ -887,7 +888,7 @@ def run_arm(args, arm, seed, data):
             return metrics | scores, text + answers
         return train(args.out / name, policy.model, range(steps + 1), one_step)
 
-    *_, warm = stage(  # once, for all arms
+    *_, warm = stage(  # later arms load its checkpoint
         f"warmup-seed{seed}", args.warmup_steps, args.warmup_steps + 1, {},
         lambda *at: warmup_step(args, seed, *at, policy, data["train"]))
     stage(folder.name, args.steps, args.eval_every, warm,
@@ -899,17 +900,17 @@ def run_arm(args, arm, seed, data):
     (folder / "checkpoint.pt").unlink()
 
 
-# Arms and seeds have folders of their own.
+# What may change between calls.
 FREE = {"algos", "seed", "seeds", "micro_batch_tokens", "out", "resume"}
 
 
 def open_out(args, data):
     """Makes --out, unless it holds another run. Returns its lock."""
     args.out.mkdir(parents=True, exist_ok=True)
-    with expecting(f"no other process in --out {args.out}"):
-        lock = FileLock(args.out / "lock", blocking=False).acquire()
-    problems = hashlib.sha256(repr(data).encode()).hexdigest()
-    given = vars(args) | dict(out=str(args.out), problems=problems)
+    with expecting(f"no other process in --out {args.out}", TimeoutError):
+        lock = FileLock(args.out / "lock").acquire(timeout=0)
+    digest = hashlib.sha256(repr(data).encode()).hexdigest()
+    given = vars(args) | dict(out=str(args.out), problems=digest)
     path = args.out / "config.json"
     if path.exists() and not args.resume:
         raise UserError(f"expected no run in --out {args.out}; add --resume or name another")
@@ -993,14 +994,14 @@ def draw(args):
     moved = ", ".join(f"{arm} {mean[0]:.2f} to {mean[-1]:.2f}" for arm, mean in means.items())
     figure.suptitle(f"{args.task}, pass@1: {moved}")
     n = min(map(len, runs.values()))
-    figure.supxlabel(f"seeds: {n}; bands: 95 % interval of the mean", fontsize=11)
+    figure.supxlabel(f"seeds: {n}; bands, from 2 on: 95 % interval of the mean", fontsize=11)
     figure.savefig(args.out / "accuracy_entropy.png")
 
 
 def report(args):
     """Saves results.json, a row per run, and prints it as a table."""
-    runs, rows = load_runs(args), []
-    for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
+    runs, rows, seeds = load_runs(args), [], range(args.seed, args.seed + args.seeds)
+    for arm, seed in itertools.product(dict.fromkeys(args.algos), seeds):
         row = dict(arm=arm, seed=seed)
         with expecting(f"all metrics of the finished run {args.out}/{arm}-seed{seed}"):
             run = runs[arm, seed]
@@ -1008,7 +1009,7 @@ def report(args):
                 row[f"{name}_before"], row[f"{name}_after"] = run[f"test_{name}"].dropna()
             mechanism = run.loc[:, "clip_fraction":"completion_length_mean"].astype(float).mean()
             row |= dict(entropy_first=run.entropy[1], entropy_last=run.entropy.iloc[-1],
-                        **mechanism, seconds=run.seconds[1:].sum())
+                        **mechanism.dropna(), seconds=run.seconds[1:].sum())
         rows.append(row)
     save(args.out / "results.json", json.dumps(rows, indent=1) + "\n")
     table = pd.DataFrame(rows).drop(columns=["right_before", "right_after"]).round(4)
