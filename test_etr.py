@@ -26,8 +26,6 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import etr
 import train_small as ts
@@ -68,7 +66,7 @@ def test_gradient_stops_only_where_a_token_has_left_the_way_it_was_pushed():
     A, low, high = (x.detach()[:, None] for x in (A, low, high))
     n, r = mask.sum(), (new - old).detach().exp()
     pushed, side = A.sign() * mask, (r > 1 + high).int() - (r < 1 - low).int()
-    assert len({*zip(pushed[mask].tolist(), side[mask].tolist())}) == 6  # every case
+    assert len({*zip(pushed[mask].tolist(), side[mask].tolist())}) == 6
     stopped = (pushed == side) & mask
     reached = torch.where(stopped, 1 + torch.where(A > 0, high, -low), r)
     close(gradient, torch.where(stopped, 0, -A * r / n) * mask)
@@ -312,9 +310,10 @@ def train_with_trl():
         weights.append(torch.cat([x.flatten() for x in model.parameters()]))
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[0], weights[1])
-    trainer.multi_objective_aggregation = "normalize_then_sum"
-    with pytest.raises(ValueError, match="expected multi_objective_aggregation"):
-        elastic._generate_and_score_completions(trainer, [])
+    for name in "loss_type", "multi_objective_aggregation":
+        setattr(trainer, name, "cispo")
+        with pytest.raises(ValueError, match=f"expected {name}"):
+            elastic._generate_and_score_completions(trainer, [])
 
 
 def test_the_trl_block_has_the_loss_of_etr_and_with_elasticity_0_of_trl(tmp_path):
@@ -390,7 +389,7 @@ def test_rollouts_scores_and_gradient_are_those_of_the_plain_forward(
     got = flat(parameter.grad for parameter in model.parameters())
     expected = plain(model, problems, rollouts, heat)
     slope = gradient(model, (expected[0] * weight).sum())
-    if mixed:  # bf16
+    if mixed:
         gap = (scores - sampled[0])[mask]
         assert 0 < (gap.exp() - 1 - gap).mean() < 1e-3
         assert torch.cosine_similarity(got, slope, dim=0) > 0.995
@@ -408,7 +407,8 @@ def test_before_the_first_update_the_ratio_is_one_in_bf16_exactly(warm, monkeypa
     assert metrics["approx_kl"] < 1e-9 and metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert not mixed or metrics["approx_kl"] == 0 and metrics["ratio_mean"] == 1
     monkeypatch.setattr(ts, "grade", lambda *_: 0.0)
-    assert step_of(warm, "etr")[0]["ratio_mean"] is None  # no group teaches
+    metrics, _ = step_of(warm, "etr")  # no group teaches
+    assert {metrics[name] for name in STATS} == {None}
 
 
 def test_in_bf16_the_cache_has_no_fp32(warm, monkeypatch):
@@ -634,7 +634,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(undisturb
     for text, flags, words in (
             (kept, "", "add --resume"),
             (kept, "--resume --steps 9", "steps 4 instead of 9"),
-            (kept.replace('"problems": "', '"problems": "0'), "--resume", "problems"),
+            (kept.replace('weights": "', 'weights": "0'), "--resume", "problems"),
             ("", "--resume", "config.json"), ("[1]", "--resume", "config.json")):
         config.write_text(text)
         assert main(undisturbed, *flags.split()) == 2
@@ -673,12 +673,14 @@ def test_a_rate_that_ruins_the_weights_is_one_sentence(tmp_path, capsys, flag):
 
 
 def test_main_gives_ctrl_c_back_and_runs_in_a_thread(tmp_path):
+    torch.set_num_threads(2)
     before, codes = signal.getsignal(signal.SIGINT), []
     thread = threading.Thread(target=lambda: codes.append(main(tmp_path / "thread")))
     thread.start()
     thread.join()
     assert codes + [main(tmp_path / "thread")] == [0, 2]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is before and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_the_import_survives_a_notebooks_backend_and_help_shows_the_tasks_defaults(tmp_path):
@@ -727,7 +729,8 @@ def test_problems_are_split_without_overlap_by_number_and_level(tmp_path, task, 
     argv += "--levels 1 3 --train-problems 50".split()
     parts = ts.load_problems(ts.parse_args(argv))
     assert [*map(len, parts.values())] == [50, 4, 9, 2]
-    assert not {*parts["train"]} & {*parts["eval"], *parts["test"], *parts["examples"]}
+    train, held_out, test, shown = map(set, parts.values())
+    assert not (train | shown) & (held_out | test) | train & shown
     answers = [int(problem.answer) for part in parts.values() for problem in part]
     assert all(answer < 99 or answer % 3 != 2 for answer in answers)
 
@@ -776,12 +779,14 @@ def save_model(folder, template=CHATML, **config):
     return str(folder)
 
 
-@table("name, change", [("lm_head.weight", {}), ("layers.2.", dict(num_hidden_layers=3))])
-def test_a_folder_without_all_weights_is_refused_by_name(tmp_path, capsys, name, change):
+@table("name, change", [
+    ("lm_head.weight", {}), ("layers.2.", dict(num_hidden_layers=3)), ("layers.3.x", {})])
+def test_a_folder_with_other_weights_is_refused_by_name(tmp_path, capsys, name, change):
     folder = save_model(tmp_path / "model", **change)
     path = Path(folder, "model.safetensors")
     weights = safetensors.torch.load_file(path)
-    weights = {key: value for key, value in weights.items() if name not in key}
+    extra = {f"model.{name}": ones(2)} if name == "layers.3.x" else {}
+    weights = {key: value for key, value in weights.items() if name not in key} | extra
     safetensors.torch.save_file(weights, path, dict(format="pt"))
     argv = [*real_task(tmp_path, "gsm8k"), "--out", str(tmp_path / "out"), "--model", folder]
     assert ts.main(argv) == 2
@@ -815,11 +820,11 @@ def test_a_turn_ends_where_its_chat_template_ends_it(tmp_path, template, chat):
 
 GSM8K = '{"question": "?", "answer": %s}'
 MATH = '{"problem": "?", "solution": "\\\\boxed{7}", "level": %s}'
-ARGUMENTS = """--task chess: chess; --group-size 1: int in [2, inf); --steps many: many;
-    --learning-rate nan: float; --clip 0.4: 0.333; --device abacus: cpu; --model gpt2: built-in;
-    --max-new-tokens 500: at most 128 tokens; --levels 3: gsm8k or math;
+ARGUMENTS = """--group-size 1: int in [2, inf); --learning-rate nan: float; --clip 0.4: 0.333;
+    --model gpt2: built-in; --max-new-tokens 500: at most 128 tokens; --levels 3: gsm8k or math;
+    --warmup-steps 0 --warmup-rate 1: only with --warmup-steps;
     --seed 9223372036854775808: in [0, 9.22337e+18);
-    --train-problems 8: --prompts-per-step 32; --task gsm8k: --data;
+    --train-problems 8: 32 problems beside --eval-problems 200; --task gsm8k: --data;
     --task gsm8k --data nowhere: train.jsonl"""
 ROWS = [
     "{", "[1]", "[" * 10**5, '{"question": "?"}', '{"question": 5, "answer": "#### 7"}',
@@ -857,10 +862,14 @@ def test_a_mistake_gets_one_sentence_before_anything_is_written(
 @table("task, row", [
     ("gsm8k", GSM8K % '"#### 18"'), ("math", MATH % "3.0")])
 @table("how", ["--warmup-steps", "--shots"])
-def test_a_real_task_runs_with_model_and_data_from_folders(tmp_path, task, row, how):
-    argv = real_task(tmp_path, task, row) + ["--model", save_model(tmp_path / "model")]
-    assert ts.main([*argv, how, "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
+def test_a_real_task_runs_with_model_and_data_from_folders(tmp_path, capsys, task, row, how):
+    argv = real_task(tmp_path, task, row) + [how, "1", "--steps", "2"]
+    argv += ["--out", str(tmp_path / "out"), "--model", save_model(tmp_path / "model")]
+    assert ts.main(argv) == 0
     assert len((tmp_path / "out/etr-seed0/metrics.jsonl").read_text().splitlines()) == 3
+    save_model(tmp_path / "model", initializer_range=0.1)
+    assert ts.main([*argv, "--resume"]) == 2
+    assert "problems_and_weights" in last_words(capsys)
 
 
 def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, tmp_path):
@@ -873,7 +882,7 @@ def test_running_out_of_gpu_memory_names_the_flag_to_lower(monkeypatch, capsys, 
 
 
 def test_the_readmes_name_commands_and_files_that_exist_and_numbers_of_the_csv(tmp_path):
-    text = README + (HERE / "plots/README.md").read_text()
+    text = (README + (HERE / "plots/README.md").read_text()).replace("\\\n", "")
     commands = re.findall(r"python train_small\.py([^`\n|]*)", text)
     assert len(commands) >= 3
     assert abs(ts.mean_and_band([{0: 1}, {0: 2, 9: 5}, {0: 6}])[2] - 6.57) < 0.01
@@ -910,7 +919,6 @@ x^2+1 ; f(x)=x^2+1 ; 1+x^2 ; \textcolor{red}{x^2+1} ; (x^2+1)
 45 ; 45\degree ; 45^\circ ; 45° ; 45^{\circ}
 \text{(A)} ; A ; \textbf{(A)} ; {a}
 \begin{pmatrix}1\\2\end{pmatrix} ; \begin{bmatrix}1\\2\end{bmatrix}
-4t ; t\cdot4 ; 4 t
 2516_8 ; 2516_{8}
 1 \pm \sqrt{2} ; 1+\sqrt2,1-\sqrt2
 1,000 ; 1000 ; 1{,}000 ; 1\,000 ; 1,\!000
@@ -1004,22 +1012,22 @@ def test_hostile_answers_earn_nothing_and_take_no_time():
             started = time.perf_counter()
             assert ts.grade("gsm8k", text, "12") == ts.grade("math", text, "12") == 0
             assert ts.grade("math", text, "\\frac{x}{12}") == 0
-            assert time.perf_counter() - started < 20, text[:60]  # a hang
+            assert time.perf_counter() - started < 20, text[:60]
 
 
-PIECES = st.sampled_from(
-    ["12", "13", "####", "\\boxed{", "}", "{", "\\frac", "^", "!", "_", " ", "\n", ",", ".", "$",
-     "%", "-", "/", "or", "=", "\\sqrt", "\x00", "\u202e", "answer is", "**", "9" * 40, "\\text{"])
-TEXTS = st.lists(PIECES, max_size=14).map("".join)
+PIECES = [
+    "12", "13", "####", "\\boxed{", "}", "{", "\\frac", "^", "!", "_", " ", "\n", ",", ".", "$",
+    "%", "-", "/", "or", "=", "\\sqrt", "\x00", "\u202e", "answer is", "**", "9" * 40, "\\text{"]
 
 
-@given(st.one_of(st.text(max_size=60), TEXTS))
-@settings(max_examples=500, deadline=None, derandomize=True)
-def test_the_verifier_answers_any_text_with_0_or_1(text):
-    for task in ("arithmetic", "gsm8k"):
-        reward = ts.grade(task, text, "12")
-        assert reward == 0.0 or reward == 1.0 and "12" in text
-    assert ts.grade("math", f"\\boxed{{{text}}}", "\\frac{x}{7}") == 0.0
+def test_the_verifier_answers_any_text_with_0_or_1():
+    rng = random.Random(0)
+    for length in [*range(15)] * 40:
+        text = "".join(rng.choices([*PIECES, chr(rng.randrange(0xFFFF))], k=length))
+        for task in ("arithmetic", "gsm8k"):
+            reward = ts.grade(task, text, "12")
+            assert reward == 0.0 or reward == 1.0 and "12" in text
+        assert ts.grade("math", f"\\boxed{{{text}}}", "\\frac{x}{7}") == 0.0
 
 
 def test_where_the_answer_stands():
@@ -1061,18 +1069,12 @@ def test_a_fork_asks_its_own_process():
         assert all(waiting.get(60))
 
 
-def workers(parent):
-    """The process ids of its children but for those that clean up after them."""
-    command = ["ps", "-o", "pid=,args=", "--ppid", str(parent)]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if not re.search("tracker| ps ", line)]
-
-
 def test_a_process_that_was_killed_is_followed_by_another():
     for number in range(4):
         assert verdict_is_right(number)
-        for worker in workers(os.getpid()):
-            os.kill(worker, signal.SIGKILL)
+        for pool in ts.idle_pools[os.getpid()]:
+            for process in [*pool._processes.values()]:
+                process.kill()
 
 
 GRADES = """
@@ -1087,14 +1089,13 @@ except ts.UserError as error:
 
 
 NAMES = "random.py json.py sympy.py math_verify.py fractions.py numbers.py".split()
-NO_LIMIT = "import resource\ndef fail(*_): raise ValueError\nresource.setrlimit = fail"
 MISSING = "raise ModuleNotFoundError(\"No module named 'math_verify'\")"
 
 
 @table("path, files, expected", [
     ("", dict.fromkeys(NAMES, "x = 1"), r"\[1.0, 0.0, 1.0\]\n"),
-    (".", {"sitecustomize.py": NO_LIMIT}, r"\[1.0, 0.0, 1.0\]\n"),
     (".", {"math_verify.py": MISSING}, "expected math-verify to work, got .*No module named.*\n"),
+    (".", {"math_verify.py": "raise KeyboardInterrupt"}, "expected math-verify .*Interrupt.*\n"),
 ])
 def test_the_worker_works_or_says_why_not(tmp_path, path, files, expected):
     for name, content in {**files, "main/grades.py": GRADES}.items():

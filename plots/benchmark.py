@@ -23,7 +23,6 @@ import tokenizers
 import torch
 import transformers
 import trl
-from matplotlib.figure import Figure
 
 import etr
 import train_small as ts
@@ -250,7 +249,7 @@ def losses(threads):
 def draw():
     lines = pd.DataFrame(table)
     lines = lines[(lines.better != 1) & lines.part.isin(["loss", "rollout", "step"])][::-1]
-    figure = Figure(figsize=(10, 1.5 + 0.42 * len(lines)), layout="constrained")
+    figure = ts.Figure(figsize=(10, 1.5 + 0.42 * len(lines)), layout="constrained")
     axis = figure.subplots()
     made = axis.barh(lines.what + ", " + lines.model, lines.better, color="#D55E00")
     axis.bar_label(made, fmt=" %.2g", fontsize=14)

@@ -1,12 +1,14 @@
 """The evidence: what elastic bounds do against GRPO on the built-in task.
 
-    python plots/evidence.py all                run, collect and draw; resumable
-    python plots/evidence.py run final 0 5      one stage, its first five seeds
-    python plots/evidence.py collect            runs/evidence -> plots/*.csv
-    python plots/evidence.py gsm8k runs/gsm8k   -> plots/gsm8k*.csv
-    python plots/evidence.py tables             the READMEs' tables, from the csv
-    python plots/evidence.py draw               plots/*.csv -> plots/*.png
-    python plots/evidence.py pictures           the same, for runs of your own
+    python plots/evidence.py ...
+
+    all               run, collect and draw; resumable
+    run final 0 5     one stage, its first five seeds
+    collect           runs/evidence -> plots/*.csv
+    gsm8k runs/gsm8k  -> plots/gsm8k*.csv
+    tables            the READMEs' tables, from the csv
+    draw              plots/*.csv -> plots/*.png
+    pictures          the same, for runs of your own
 
 `draw` refuses a number in the READMEs that is not the csv's.
 """
@@ -19,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # comes with datasets
 import torch
-from matplotlib.figure import Figure
 
 PLOTS = Path(__file__).resolve().parent
 ROOT = PLOTS.parent
@@ -174,7 +175,7 @@ def paired(arm, name, stage="final", source="ends"):
 
 
 def interval(numbers):
-    """The mean and the half-width of its 95 % t-interval."""
+    """Mean and half-width of its 95 % t-interval."""
     _, mean, half = ts.mean_and_band([{0: number} for number in numbers])
     return mean[0], half[0]
 
@@ -210,16 +211,12 @@ def entropy_gap(stage):
     return say(gaps)
 
 
-def gsm8k_points(arm, when):
-    """pass@1 of each test problem in points, its mean over seeds."""
-    rows = load("gsm8k_test").query("arm == @arm")
-    return 100 / ts.EVAL_SAMPLES * rows.groupby("problem")[when].mean()
-
-
 def gsm8k_gains():
-    """Of each arm, and ETR's lead."""
-    gains = [gsm8k_points(arm, "after") - gsm8k_points(arm, "before") for arm in PAIR]
-    return [*map(say, gains), say(gains[1] - gains[0])]
+    """Points of each arm, and ETR's lead, over test problems."""
+    rows = load("gsm8k_test")
+    rows["gain"] = 100 * (rows.after - rows.before) / ts.EVAL_SAMPLES
+    gains = rows.pivot_table("gain", "problem", "arm")
+    return [*map(say, (gains.grpo, gains.etr, gains.etr - gains.grpo))]
 
 
 def middle_gap(name):
@@ -236,6 +233,10 @@ MEASURES = {"pass1_after": "pass@1", "auc": "mean pass@1 on the way",
             "greedy_after": "greedy", "passk_after": "pass@8"}
 
 
+def markdown(*lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table(stage, arms):
     """GRPO, and points against it."""
     lines = [["arm", "setting", *MEASURES.values()], ["---"] * 6]
@@ -244,12 +245,22 @@ def table(stage, arms):
         if arm == "grpo":
             cells = [f"{values(arm, name, stage).mean():.3f}" for name in MEASURES]
         lines.append([arm, STAGES[stage].label, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(*lines)
+
+
+def gsm8k_table():
+    """Before and after RL, means over seeds."""
+    rows = load("gsm8k").dropna(subset="test_pass1")
+    arms = rows.arm.where(rows.step > 0, "before RL")
+    means = rows.groupby(arms)[["test_pass1", "test_greedy", "test_passk"]].mean()
+    lines = [[arm, *map("{:.3f}".format, means.loc[arm])] for arm in ("before RL", *PAIR)]
+    return markdown(["arm", "pass@1", "greedy", "pass@8"], ["---"] * 4, *lines)
 
 
 def tables():
     found = load("ends").stage.unique()
-    return [table(stage, STAGES[stage].arms) for stage in STAGES if stage in found]
+    real = [gsm8k_table()] if len(load("gsm8k")) else []
+    return real + [table(stage, STAGES[stage].arms) for stage in STAGES if stage in found]
 
 
 def at_the_end(stage, arms):
@@ -267,7 +278,7 @@ def sentences():
     gsm8k = []
     if len(load("gsm8k_test")):
         grpo, elastic, lead = gsm8k_gains()
-        clips = load("gsm8k").query("step > 0").groupby("arm").clip_fraction.mean()
+        clips = load("gsm8k").groupby("arm").clip_fraction.mean()
         gsm8k = [f"grpo {grpo} points, etr {elastic}", f"ETR's lead is {lead} points",
                  f"grpo clips {100 * clips.grpo:.1f} % of its tokens, etr {100 * clips.etr:.1f} %"]
     return gsm8k + [
@@ -305,7 +316,7 @@ def save(figure, name, title, caption):
 def draw_lines(name, title, caption, panels):
     """panels: (curves of `series`, title, label of x, label of y), two in a row."""
     half = len(panels) // 2
-    figure = Figure(figsize=(11, 0.4 + 4.4 * half), layout="constrained")
+    figure = ts.Figure(figsize=(11, 0.4 + 4.4 * half), layout="constrained")
     for axis, panel in zip(figure.subplots(half, 2).flat, panels):
         ts.panel(axis, *panel)
     save(figure, name, title, caption)
@@ -328,20 +339,14 @@ def draw_curves():
 
 def draw_binding():
     """Paired differences from GRPO."""
-    figure, arms = Figure(figsize=(11, 4.2), layout="constrained"), LEVELS[1:]
+    figure, arms = ts.Figure(figsize=(11, 4.2), layout="constrained"), LEVELS[1:]
     for axis, stage in zip(figure.subplots(1, 2), CLIPPED):
         for y, arm in enumerate(arms):
-            gaps, color = paired(arm, "pass1_after", stage), ts.ARMS[arm].color
-            mean, half = interval(gaps)
-            axis.errorbar(mean, y, xerr=half, fmt="o", color=color, lw=2.5, capsize=4)
-            axis.annotate(
-                say(gaps), (mean, y), xytext=(0, 9), textcoords="offset points", ha="center",
-                color=color, bbox=dict(fc="white", ec="none", pad=1))
+            mean, half = interval(paired(arm, "pass1_after", stage))
+            axis.errorbar(mean, y, xerr=half, fmt="o", color=ts.ARMS[arm].color, lw=2.5, capsize=4)
         axis.axvline(0, color="#000000", lw=1)
-        axis.margins(x=0.2)
         axis.set(title=STAGES[stage].label, xlabel="points against GRPO", ylim=(2.5, -0.6))
-        axis.set_yticks(range(len(arms)), arms)
-        axis.label_outer()
+        axis.set_yticks(range(len(arms)), at_the_end(stage, arms).split(", "))
     clean, flipped = (at_the_end(stage, arms) for stage in CLIPPED)
     save(figure, "binding", f"pass@1, clean: {clean}\nflipped: {flipped}",
          "8 steps of 32 updates, eps 0.05; 95 % t-intervals, ten seeds")
@@ -374,7 +379,7 @@ def draw_gsm8k():
     draw_lines(
         "gsm8k", f"GSM8K, test pass@1: grpo {grpo} points, etr {elastic}",
         f"seeds: {rows.seed.nunique()}; title: 95 % intervals over test problems",
-        [(series(rows, "step", "eval_pass1"), "Held-out accuracy", "step", "pass@1"),
+        [(series(rows, "step", "test_pass1"), "Test accuracy", "step", "pass@1"),
          (series(rows, "step", "entropy"), "Entropy", "step", ENTROPY),
          *((series(classes.assign(rate=classes.k / 8, y=y).dropna(), "rate", "y"), title, RATE,
             ylabel) for y, title, ylabel in by_rate(classes))])
