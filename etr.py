@@ -133,7 +133,7 @@ def elastic_clip_bounds(advantages, budgets=None, clip_low=0.2, clip_high=0.2,
                         elasticity=1.0, scale_max=3.0):
     """Clip radii (micro level, times the macro budgets; our derivation).
 
-    advantages: (P, G), from `group_advantages`.
+    advantages: (P, G), normalized, from `group_advantages`.
     budgets: (P,), from `variance_budgets`, or None for ones.
     clip_low, clip_high: GRPO's eps below and above (DAPO: 0.2, 0.28).
     scale_max: caps how far a radius is stretched. math.inf is for

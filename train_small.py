@@ -158,6 +158,9 @@ def parse_args(argv=None):
         parser.error(f"--model {args.model}: expected built-in for --task arithmetic only")
     if built_in and (args.data or args.levels):
         parser.error("--data, --levels: expected with --task gsm8k or math only")
+    idle = [] if args.warmup_steps else ["warmup_batch", "warmup_rate"]
+    if any(vars(args)[name] != parser.get_default(name) for name in idle):
+        parser.error("--warmup-batch, --warmup-rate: only with --warmup-steps")
     if args.shots is None:
         args.shots = 0 if args.warmup_steps or built_in else 2
     args.out = Path(args.out or f"runs/{args.task}")
@@ -272,14 +275,14 @@ def load_problems(args):
     else:
         train, test = read_problems(args, "train"), read_problems(args, "test")[:tests]
     held_out, train = train[:n], train[n:]
-    # In every prompt, so short and not trained on.
-    examples = sorted(train, key=lambda problem: abs(len(problem.solution) - 150))[:args.shots]
-    seen = {problem.question for problem in held_out + test + examples}
+    seen = {problem.question for problem in held_out + test}
     train = [problem for problem in train if problem.question not in seen]
-    train = train[:args.train_problems or None]
+    # In every prompt, so short.
+    examples = sorted(train, key=lambda problem: abs(len(problem.solution) - 150))[:args.shots]
+    train = [problem for problem in train if problem not in examples][:args.train_problems or None]
     if len(train) < args.prompts_per_step or not test:
-        raise UserError(f"expected --prompts-per-step {args.prompts_per_step} problems to train on "
-                        f"and 1 to test on, got {len(train)} and {len(test)}")
+        raise UserError(f"expected --prompts-per-step {args.prompts_per_step} problems beside "
+                        f"--eval-problems {n}, 1 to test on, got {len(train)} and {len(test)}")
     return dict(train=train, eval=held_out, test=test, examples=examples)
 
 
@@ -366,7 +369,7 @@ def ask(verdicts, *texts):
         try:
             verdicts.append(pool.submit(judge, *texts).result(60))
             return idle.append(pool)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C reaches it too
             pool.shutdown(kill_workers=True)
             verdicts.append(error)
             if re.search("MemoryError|SIG(ALRM|ABRT|SEGV)", repr(error)):
@@ -396,7 +399,7 @@ def grade(task, completion, gold):
     thread = threading.Thread(target=ask, args=[verdicts, gold, answer], daemon=True)
     thread.start()  # spared Ctrl-C
     thread.join()
-    if isinstance(verdicts[-1], Exception):
+    if isinstance(verdicts[-1], BaseException):
         raise UserError(f"expected math-verify to work, got {verdicts[-1]!r:.300}")
     return float(bool(verdicts[-1]))
 
@@ -438,8 +441,8 @@ def load_model(name, device, seed):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True)
-            if missing := sorted(found["missing_keys"]):
-                raise ValueError(f"no weights for {missing}")
+            if odd := sorted(found["missing_keys"] | found["unexpected_keys"]):
+                raise ValueError(f"missing or unknown weights {odd}")
         rows, eos = len(model.get_input_embeddings().weight), tokenizer.eos_token_id
         if len(tokenizer) > rows or eos is None:
             raise ValueError(f"{len(tokenizer)} tokens for {rows} embeddings, end token {eos}")
@@ -451,7 +454,7 @@ def load_model(name, device, seed):
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     more = model.generation_config.eos_token_id or eos
     stop = [*special.intersection(ends), eos, *np.ravel(more)]
-    # bf16 where it is native; emulated it would be slower than fp32.
+    # bf16 where it is native; emulated it is slow.
     model.mixed = name != "built-in" and (
         torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
         torch.cpu.get_capabilities().get("avx512_bf16", False) and device == "cpu")
@@ -694,13 +697,6 @@ def flip(rewards, share, rng):
     return (rewards - lies.view(rewards.shape)).abs()
 
 
-def cut_batch(args, rng):
-    """The groups 0..P-1 in at most MINIBATCHES parts."""
-    P = args.prompts_per_step
-    parts, order = min(MINIBATCHES, P, args.updates_per_step), rng.sample(range(P), P)
-    return [sorted(order[part::parts]) for part in range(parts)]
-
-
 def train_step(args, arm, seed, step, optimizer, policy, problems):
     """The README's seven steps: (metrics, a few rollouts as text)."""
     model, P, G = policy.model, args.prompts_per_step, args.group_size
@@ -720,15 +716,16 @@ def train_step(args, arm, seed, step, optimizer, policy, problems):
     def scored(groups):  # without those that have no advantage, so no gradient
         rows = [i for g in groups if teaches[g] for i in range(g * G, g * G + G)]
         return score(model, prompts, tokens, mask, rows, args.micro_batch_tokens, args.temperature)
-    parts = cut_batch(args, seeded("minibatches", seed, step))
+    order = seeded("minibatches", seed, step).sample(range(P), P)
+    n = min(MINIBATCHES, P, args.updates_per_step)
+    parts = [sorted(order[part::n]) for part in range(n)]
     if model.mixed:  # bf16 rounds by composition: score `old` in the parts to come
         with torch.no_grad():
             for i, logprobs in itertools.chain(*map(scored, parts)):
                 old[i] = logprobs
     right, k = rewards.flatten() > 0, rewards.sum(1).long().repeat_interleave(G)
     sums, norms = torch.zeros(len(BY_CORRECT), G + 1, device=mask.device), []
-    for update in range(args.updates_per_step):
-        groups = parts[update % len(parts)]
+    for update, groups in zip(range(args.updates_per_step), itertools.cycle(parts)):
         size = sum(lengths[g] for g in groups)  # of silent ones too
         for i, logprobs in scored(groups):
             loss, _ = etr.surrogate_loss(logprobs, old[i], A[i], low[i], high[i], mask[i], size)
@@ -752,13 +749,16 @@ def show(title, batch, texts, rewards):
 
 def step_metrics(step, rollouts, rewards, sums, norms):
     sampled, total = int(rollouts.mask.sum()), dict(zip(BY_CORRECT, sums.sum(1).tolist()))
-    trained = max(1.0, total["tokens_right"] + total["tokens_wrong"])
-    low, high = total["clipped_wrong"] / trained, total["clipped_right"] / trained
+    trained = total["tokens_right"] + total["tokens_wrong"]
+
+    def mean(*names):  # None if no group teaches
+        return sum(total[name] for name in names) / trained if trained else None
     return dict(
         step=step, reward_mean=float(rewards.mean()),
         entropy=float(rollouts.entropies.sum()) / sampled,
-        clip_fraction=low + high, clip_fraction_low=low, clip_fraction_high=high,
-        ratio_mean=total["ratio"] / trained or None, approx_kl=total["kl"] / trained,
+        clip_fraction=mean("clipped_wrong", "clipped_right"),
+        clip_fraction_low=mean("clipped_wrong"), clip_fraction_high=mean("clipped_right"),
+        ratio_mean=mean("ratio"), approx_kl=mean("kl"),
         frac_reward_zero_std=float((rewards == rewards[:, :1]).all(1).float().mean()),
         completion_length_mean=sampled / rewards.numel(), grad_norm=sum(norms) / len(norms),
         by_correct=dict(zip(BY_CORRECT, sums.tolist())))
@@ -846,9 +846,7 @@ def train(folder, model, steps, one_step):
         del weights, moments
     folder.mkdir(exist_ok=True)
     saved, cost = time.perf_counter(), 0.0
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds, in a log file
-    bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=pause,
-               miniters=1)
+    bar = tqdm(steps[len(lines):], folder.name, len(steps), initial=len(lines), mininterval=1)
     for step in bar:
         started = time.perf_counter()
         metrics, text = one_step(step, optimizer)
@@ -904,13 +902,13 @@ def run_arm(args, arm, seed, data):
 FREE = {"algos", "seed", "seeds", "micro_batch_tokens", "out", "resume"}
 
 
-def open_out(args, data):
+def open_out(args, inputs):
     """Makes --out, unless it holds another run. Returns its lock."""
     args.out.mkdir(parents=True, exist_ok=True)
     with expecting(f"no other process in --out {args.out}", TimeoutError):
         lock = FileLock(args.out / "lock").acquire(timeout=0)
-    digest = hashlib.sha256(repr(data).encode()).hexdigest()
-    given = vars(args) | dict(out=str(args.out), problems=digest)
+    digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+    given = vars(args) | dict(out=str(args.out), problems_and_weights=digest)
     path = args.out / "config.json"
     if path.exists() and not args.resume:
         raise UserError(f"expected no run in --out {args.out}; add --resume or name another")
@@ -941,14 +939,13 @@ T_975 = [0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's,
 
 
 def load_runs(args):
-    """{(arm, seed): metrics by step} of the runs that have made one."""
+    """{(arm, seed): metrics by step}"""
     runs = {}
     for arm, seed in itertools.product(args.algos, range(args.seed, args.seed + args.seeds)):
         path = args.out / f"{arm}-seed{seed}" / "metrics.jsonl"
         with expecting(f"whole lines of metrics in {path}"):
-            lines = path.read_text().splitlines() if path.exists() else []
-            if len(lines) > 1:
-                runs[arm, seed] = pd.DataFrame(map(json.loads, lines)).set_index("step")
+            runs[arm, seed] = pd.read_json(
+                path, lines=True, precise_float=True) if path.exists() else pd.DataFrame()
     return runs
 
 
@@ -980,7 +977,8 @@ def draw(args):
     """Accuracy and entropy, as far as they are on disk."""
     runs = defaultdict(list)
     for (arm, _), run in load_runs(args).items():
-        runs[arm].append(run)
+        if len(run) > 1:
+            runs[arm].append(run)
     if not runs:
         return
     accuracy, entropy = ({
@@ -1000,11 +998,10 @@ def draw(args):
 
 def report(args):
     """Saves results.json, a row per run, and prints it as a table."""
-    runs, rows, seeds = load_runs(args), [], range(args.seed, args.seed + args.seeds)
-    for arm, seed in itertools.product(dict.fromkeys(args.algos), seeds):
+    rows = []
+    for (arm, seed), run in load_runs(args).items():
         row = dict(arm=arm, seed=seed)
         with expecting(f"all metrics of the finished run {args.out}/{arm}-seed{seed}"):
-            run = runs[arm, seed]
             for name in ("pass1", "greedy", "passk", "right"):
                 row[f"{name}_before"], row[f"{name}_after"] = run[f"test_{name}"].dropna()
             mechanism = run.loc[:, "clip_fraction":"completion_length_mean"].astype(float).mean()
@@ -1023,21 +1020,19 @@ def report(args):
 def run(args):
     if args.model == "built-in" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more would wait for each other
-    problems, policy = load_problems(args), load_model(args.model, args.device, args.seed)
+    problems, policy = load_problems(args), load_model(args.model, args.device, seed=0)
     check_model(policy, args.model, args.temperature)
     examples = problems.pop("examples")
     data = {split: encode(policy, part, examples) for split, part in problems.items()}
     check_lengths(args, policy, data)
+    weights = policy.stop, [torch.hash_tensor(x.cpu()) for x in policy.model.parameters()]
     del policy  # one model in memory at a time
-    with open_out(args, data):
-        try:
-            for seed in range(args.seed, args.seed + args.seeds):
-                for arm in args.algos:
-                    run_arm(args, arm, seed, data)
-                    draw(args)
-        except KeyboardInterrupt:
-            draw(args)
-            raise
+    with open_out(args, (data, weights)):
+        for seed, arm in itertools.product(range(args.seed, args.seed + args.seeds), args.algos):
+            try:
+                run_arm(args, arm, seed, data)
+            finally:
+                draw(args)
         report(args)
 
 
@@ -1048,23 +1043,22 @@ def on_interrupt(*_):
 
 
 def main(argv=None):
-    args, code = parse_args(argv), 2
+    args, code, threads = parse_args(argv), 2, torch.get_num_threads()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     stopping.clear()
     ours = threading.current_thread() is threading.main_thread()  # others can't catch Ctrl-C
     before = signal.signal(signal.SIGINT, on_interrupt) if ours else None
     try:
-        with fitting("take a smaller --model"):
+        with fitting("take a smaller --model"), expecting(f"to write in {args.out}", OSError):
             run(args)
         return 0
     except KeyboardInterrupt:
         message, code = f"stopped; the same command with --resume continues {args.out}", 130
     except UserError as error:
         message = str(error)
-    except OSError as error:
-        message = f"expected to write in {args.out}, got {error}; then add --resume"
     finally:
+        torch.set_num_threads(threads)
         if ours:
             signal.signal(signal.SIGINT, before)
     print(f"train_small.py: {message}", file=sys.stderr)
